@@ -1,0 +1,58 @@
+# make                 the environment, under .venv (Python 3.11 or newer, versions as in constraints.txt)
+# make quickstart      the environment, then the whole pipeline on the embedded world: a few minutes on two CPU cores
+# make test            format, lint, types, tests
+# make lint            format, lint, types
+# make docs-check      links, commands, recipes and examples of the documentation
+# make clean           remove the environment, builds and caches; runs are kept
+#
+# PYTHON=python3.12    another interpreter
+# TORCH_INDEX=URL      take torch from another index. On Linux the default index has the CUDA build (several GB);
+#                      the CPU build is at https://download.pytorch.org/whl/cpu
+# WORKERS=4            test processes, one torch thread each
+
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+TORCH_INDEX ?=
+WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+TRITON := $(shell grep '^triton==' constraints.txt)
+
+.PHONY: env quickstart test lint docs-check clean
+
+env: .venv/installed
+
+# A new interpreter is made only where there is none; a changed pin is installed into the existing one.
+.venv/installed: pyproject.toml setup.py constraints.txt
+	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+		{ echo "make: no Python 3.11 or newer found; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) $(TORCH))
+	$(INSTALL) --editable '.[train,report]'
+	touch $@
+
+# torch's CPU build brings no triton; its kernels are interpreted and compiled ahead of time in the tests.
+.venv/installed-dev: .venv/installed
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps $(TRITON)
+	touch $@
+
+quickstart: .venv/installed
+	$(BIN)/nova-train pipeline recipes/quickstart.yaml
+
+lint: .venv/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+docs-check: .venv/installed-dev
+	$(BIN)/pytest -n 0 tests/test_docs.py
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find nova_kernels nova_train tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,71 @@
+"""Which implementation of an op runs, and why.
+
+Every op lists its candidates, fastest first, each with the reason it cannot run on these inputs, or None.
+    asked for nothing     the first that can run; said once in the log, with what was skipped and why
+    asked for by name     it runs, or BackendUnavailableError tells the reason; another one never steps in
+    NOVA_KERNELS_BACKEND  counts as asked for by name, for those ops that have a backend of that name
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+
+import torch
+
+ENVIRONMENT_VARIABLE = "NOVA_KERNELS_BACKEND"
+
+_log = logging.getLogger(__name__)
+_said: set[tuple[str, str]] = set()  # (op, message) pairs that are in the log already
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for exists, but cannot run here or on these inputs."""
+
+
+def choose(op: str, requested: str | None, reasons: Mapping[str, str | None]) -> str:
+    """The backend that runs.
+
+    Args:
+        op: name of the op, for messages.
+        requested: a backend's name, or None for the fastest that can run.
+        reasons: candidates, fastest first; the value tells why it cannot run, or is None if it can.
+
+    Returns:
+        A key of `reasons` whose value is None.
+
+    Raises:
+        ValueError: `requested` is not among the candidates.
+        BackendUnavailableError: the one asked for cannot run, or none can.
+    """
+    if requested is None:
+        requested = _from_environment(op, reasons)
+    if requested is not None:
+        if requested not in reasons:
+            raise ValueError(f"{op}: unknown backend {requested!r}; expected one of {list(reasons)}")
+        if (reason := reasons[requested]) is not None:
+            raise BackendUnavailableError(f"{op}: backend {requested!r} cannot run: {reason}")
+        return requested
+    skipped = []
+    for name, reason in reasons.items():
+        if reason is None:
+            _say_once(op, f"runs on backend {name!r}" + (f" ({'; '.join(skipped)})" if skipped else ""))
+            return name
+        skipped.append(f"not {name!r}: {reason}")
+    raise BackendUnavailableError(f"{op}: no backend can run: {'; '.join(skipped)}")
+
+
+def _from_environment(op: str, reasons: Mapping[str, str | None]) -> str | None:
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is None or name in reasons:
+        return name
+    _say_once(op, f"{ENVIRONMENT_VARIABLE}={name} is no backend of this op; it has {list(reasons)}")
+    return None
+
+
+def _say_once(op: str, message: str) -> None:
+    if torch.compiler.is_compiling() or (op, message) in _said:
+        return
+    _said.add((op, message))
+    _log.info("%s: %s", op, message)

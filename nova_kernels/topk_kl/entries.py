@@ -1,0 +1,118 @@
+"""The K most likely tokens of every row, kept from a model's logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TopK:
+    """The top-K entries of rows of logits. No gradient: a tensor that requires one is refused.
+
+    A row with fewer than K entries above -inf ends with `ids = -1`, `values = -inf`; those slots count nowhere.
+    """
+
+    ids: Tensor  # int32 [..., K], ascending; -1 in unused slots
+    values: Tensor  # float32 or float64 [..., K], raw logits: no temperature
+    lse: Tensor  # [...], log-sum-exp of logits / temperature over the whole vocabulary
+    temperature: float = 1.0  # of lse
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.values.shape or self.lse.shape != self.ids.shape[:-1] or self.ids.ndim < 1:
+            raise ValueError(
+                f"TopK: expected ids and values [..., K] and lse [...], got ids {list(self.ids.shape)}, "
+                f"values {list(self.values.shape)}, lse {list(self.lse.shape)}"
+            )
+        if self.ids.dtype != torch.int32:
+            raise ValueError(f"TopK: ids must be int32, got {self.ids.dtype}; convert with ids.int()")
+        if self.values.requires_grad or self.lse.requires_grad:
+            raise ValueError("TopK: the reference requires grad, but no gradient flows to it; detach it")
+        check_temperature("TopK", self.temperature)
+
+    @property
+    def k(self) -> int:
+        return self.ids.shape[-1]
+
+    def __getitem__(self, rows: slice | Tensor | tuple[slice | Tensor, ...]) -> TopK:
+        """Some of the rows: any index into the leading dimensions."""
+        return TopK(ids=self.ids[rows], values=self.values[rows], lse=self.lse[rows], temperature=self.temperature)
+
+    def reshape(self, *shape: int) -> TopK:
+        """The same rows under other leading dimensions."""
+        return TopK(
+            ids=self.ids.reshape(*shape, self.k),
+            values=self.values.reshape(*shape, self.k),
+            lse=self.lse.reshape(shape),
+            temperature=self.temperature,
+        )
+
+    def to(self, device: torch.device | str) -> TopK:
+        return TopK(
+            ids=self.ids.to(device),
+            values=self.values.to(device),
+            lse=self.lse.to(device),
+            temperature=self.temperature,
+        )
+
+
+def check_temperature(where: str, temperature: float) -> None:
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
+
+
+def check_k(where: str, k: int, vocabulary: int) -> None:
+    if k < 2:
+        raise ValueError(f"{where}: k must be at least 2 (over one token the renormalised KL is always 0), got {k}")
+    if k > vocabulary:
+        raise ValueError(f"{where}: k must not exceed the vocabulary of {vocabulary}, got {k}")
+
+
+def check_divergence(
+    where: str,
+    ref: TopK,
+    rows: torch.Size,
+    vocabulary: int,
+    temperature: float,
+    direction: str,
+    tail: str,
+    mask: Tensor | None = None,
+) -> None:
+    """Refuse a reference that does not belong to policy logits of shape [*rows, vocabulary], or unknown options."""
+    check_temperature(where, temperature)
+    if direction not in ("policy_ref", "ref_policy"):
+        raise ValueError(f"{where}: direction must be 'policy_ref' or 'ref_policy', got {direction!r}")
+    if tail not in ("none", "bucket"):
+        raise ValueError(f"{where}: tail must be 'none' or 'bucket', got {tail!r}")
+    if tail == "bucket":
+        check_lse_temperature(where, ref, temperature)
+    if ref.lse.shape != rows:
+        raise ValueError(f"{where}: expected a reference with rows {list(rows)}, got {list(ref.lse.shape)}")
+    check_k(where, ref.k, vocabulary)
+    if mask is not None and (mask.shape != rows or mask.dtype != torch.bool):
+        raise ValueError(f"{where}: expected mask bool {list(rows)}, got {mask.dtype} {list(mask.shape)}")
+    check_ids(where, ref, vocabulary)
+
+
+def check_lse_temperature(where: str, ref: TopK, temperature: float) -> None:
+    if ref.temperature != temperature:
+        raise ValueError(
+            f"{where}: the reference's lse was taken at temperature {ref.temperature}, asked for {temperature}; "
+            f"select it again with temperature={temperature}"
+        )
+
+
+def check_ids(where: str, ref: TopK, vocabulary: int) -> None:
+    """Ids beyond the vocabulary: an error on the CPU, an asynchronous assertion elsewhere."""
+    if ref.ids.numel() == 0:
+        return
+    highest = ref.ids.amax()
+    if highest.device.type != "cpu":
+        torch._assert_async(highest < vocabulary, f"{where}: a reference id is beyond the policy's vocabulary")
+    elif int(highest) >= vocabulary:
+        raise ValueError(
+            f"{where}: reference id {int(highest)} is beyond the policy's vocabulary of {vocabulary}; "
+            "both models need the same tokenizer"
+        )

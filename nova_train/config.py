@@ -1,0 +1,386 @@
+"""Configuration: one flat set of keys per stage, from a YAML recipe and flags of the same names; flags win.
+
+A stage's keys are the fields of its frozen dataclass; the type hints say what a value may be. Text is read by the hint
+("1e-5" is a float where a float is wanted, "null" is None where None is allowed), so that recipes, flags and resolved
+configs mean the same. An unknown key, a wrong type or an impossible value is a `ConfigError` that names key and value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+ConfigT = TypeVar("ConfigT")
+
+# These change what is shown or where a run starts, never its results: they are no part of a run's identity.
+PRESENTATION_KEYS = frozenset({"disable_progress", "report_to", "resume_from_checkpoint"})
+
+
+class ConfigError(ValueError):
+    """A recipe or flag that cannot be used; the message names the key, the value and what was expected."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Keys that every training stage shares. A subclass with checks of its own calls `TrainConfig.__post_init__(self)`."""
+
+    output_dir: str  # results, checkpoints and metrics
+    model_name_or_path: str | None = None  # folder or Hugging Face name; None: the stage builds its default model
+    dataset_name: list[str]  # JSONL, .jsonl.gz or Parquet files, or Hugging Face data set names
+    eval_dataset_name: list[str] = field(default_factory=list)  # held-out data of the same form
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_length: int  # tokens per sample, and per pack
+    overlong: Literal["error", "truncate", "drop"] = "error"  # a sample longer than max_length
+
+    per_device_train_batch_size: int = 1  # packs (sft, pas), pairs (reward), prompts (grpo) per micro-batch
+    gradient_accumulation_steps: int = 8  # micro-batches per optimiser step
+    global_batch_size: int | None = None  # the product of the two; given alone, it sets the accumulation
+
+    learning_rate: float  # peak
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    min_lr_rate: float = 0.0  # fraction of the peak left at the last step
+    warmup_steps: int = 0  # optimiser steps
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float | None = 1.0  # None: no clipping
+    optim: Literal["adamw", "muon"] = "adamw"
+    muon_learning_rate: float | None = None  # for 2-D layer weights; the rest stays with AdamW at learning_rate
+
+    num_train_epochs: float = 1.0
+    max_steps: int | None = None  # optimiser steps; None: from the epochs
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of the weights
+    bf16: bool = False  # bfloat16 autocast
+    segments: int | None = None  # layers per activation-checkpoint segment; None keeps all activations
+    attention_backend: str | None = None  # None: the fastest that can run
+
+    seed: int = 0
+    num_threads: int = 1  # CPU threads of one process
+    logging_steps: int = 10  # optimiser steps
+    eval_steps: int | None = None  # optimiser steps; None: only at the end
+    save_steps: int = 500  # optimiser steps
+    save_total_limit: int = 2  # checkpoints kept
+    resume_from_checkpoint: str | None = "auto"  # auto, a checkpoint folder, or null: start fresh in an empty folder
+    report_to: list[str] = field(default_factory=list)  # wandb, tensorboard, trackio
+    disable_progress: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("dataset_name", "eval_dataset_name", "report_to"):
+            if isinstance(value := getattr(self, key), str):
+                object.__setattr__(self, key, [value])
+        if not self.output_dir:
+            raise ConfigError("output_dir must name a folder, got an empty text")
+        if not self.dataset_name:
+            raise ConfigError("dataset_name must name at least one data set, got an empty list")
+        for key in _POSITIVE:
+            if (value := getattr(self, key)) is not None and value <= 0:
+                raise ConfigError(f"{key} must be positive, got {value}")
+        for key in ("warmup_steps", "weight_decay", "save_total_limit", "seed"):
+            if (value := getattr(self, key)) < 0:
+                raise ConfigError(f"{key} must be at least 0, got {value}")
+        for key, upper in (("adam_beta1", False), ("adam_beta2", False), ("min_lr_rate", True)):
+            value = getattr(self, key)
+            if not (0 <= value < 1 or (upper and value == 1)):
+                raise ConfigError(f"{key} must lie in [0, 1{']' if upper else ')'}, got {value}")
+        if (self.muon_learning_rate is None) == (self.optim == "muon"):
+            raise ConfigError(
+                f"muon_learning_rate goes with optim: muon, got optim={self.optim!r} and "
+                f"muon_learning_rate={self.muon_learning_rate}"
+            )
+        if unknown := sorted(set(self.report_to) - {"wandb", "tensorboard", "trackio"}):
+            raise ConfigError(f"report_to: expected wandb, tensorboard or trackio, got {unknown[0]!r}")
+        product = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.global_batch_size is not None and self.global_batch_size != product:
+            raise ConfigError(
+                f"global_batch_size {self.global_batch_size} is not per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} = {product}; leave one of them out"
+            )
+
+
+_POSITIVE = (
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "learning_rate",
+    "adam_epsilon",
+    "max_grad_norm",
+    "muon_learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "segments",
+    "num_threads",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+)
+
+
+def load_config(cls: type[ConfigT], recipe: str | Path | None, overrides: Mapping[str, object]) -> ConfigT:
+    """Build `cls` from a recipe and overrides (flags); overrides win.
+
+    Raises:
+        ConfigError: unreadable recipe, unknown or missing key, wrong type, or a value that `cls` refuses.
+    """
+    values = {} if recipe is None else read_recipe(recipe)
+    values.update(overrides)
+    return build_config(cls, values, where=stage_name(cls) if recipe is None else str(recipe))
+
+
+def build_config(cls: type[ConfigT], values: Mapping[str, object], *, where: str) -> ConfigT:
+    """Build `cls` from plain values; `where` opens every error message."""
+    hints = typing.get_type_hints(cls)
+    values = _without_stage(cls, values, where)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ConfigError(f"{where}: {unknown_key(key, list(fields), stage_name(cls))}")
+    coerced = {key: _coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in coerced and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where}: {stage_name(cls)} needs {', '.join(missing)}; give it in the recipe or as a flag")
+    if {"global_batch_size", "gradient_accumulation_steps"} <= fields.keys():
+        _derive_accumulation(coerced, fields["per_device_train_batch_size"].default, where)
+    try:
+        return cls(**coerced)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def read_recipe(path: str | Path) -> dict[str, object]:
+    """The mapping in a YAML file; a key that stands twice is an error."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{path}: expected a readable YAML recipe: {reason}") from error
+    try:
+        values = yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path}: expected a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[str | None, dict[str, object]]:
+    """`recipe.yaml --key value --list a b --flag` -> (recipe, {key: text | [text, ..] | True}).
+
+    Values stay text: the type hint of the key reads them later. `--learning-rate` is `--learning_rate`,
+    `--key=value` works, and a negative number is a value.
+    """
+    recipe: str | None = None
+    flags: dict[str, list[str]] = {}
+    key: str | None = None
+    for word in argv:
+        if word.startswith("-") and not re.match(r"-\.?\d", word) and word != "-":
+            if not re.match(r"--[A-Za-z]", word):
+                raise ConfigError(f"expected --key value, got {word!r}")
+            name, equals, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            if key in flags:
+                raise ConfigError(f"--{key} is given twice; several values go behind one flag")
+            flags[key] = [value] if equals else []
+            key = None if equals else key
+        elif key is not None:
+            flags[key].append(word)
+        elif recipe is None and not flags:
+            recipe = word
+        else:
+            raise ConfigError(f"expected --key before the value {word!r}")
+    single: dict[str, object] = {}
+    for name, words in flags.items():
+        single[name] = True if not words else words[0] if len(words) == 1 else words
+    return recipe, single
+
+
+def config_to_dict(config: object) -> dict[str, Any]:
+    """The fields as plain YAML types, in the order of the class."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+def identity(config: object) -> dict[str, Any]:
+    """The fields that a run's results depend on: `config_to_dict` without `PRESENTATION_KEYS`."""
+    return {key: value for key, value in config_to_dict(config).items() if key not in PRESENTATION_KEYS}
+
+
+def write_config(config: object, path: str | Path, *, stage: str) -> None:
+    """Write the resolved config as a recipe of `stage`; the file appears whole or not at all."""
+    values = {"stage": stage, **config_to_dict(config)}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def fingerprint(mapping: Mapping[str, object]) -> str:
+    """SHA-256 (hex) of the mapping as canonical JSON: sorted keys, no spaces."""
+    text = json.dumps(mapping, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def stage_name(cls: type) -> str:
+    """`SFTConfig` -> `sft`."""
+    return cls.__name__.removesuffix("Config").lower()
+
+
+def unknown_key(key: str, known: Sequence[str], owner: str) -> str:
+    """The message for a key that `owner` does not have, with a suggestion where one is near."""
+    if near := difflib.get_close_matches(key, known, n=1):
+        return f"unknown key {key!r}; did you mean {near[0]!r}?"
+    return f"unknown key {key!r}; the keys of {owner} are {', '.join(known)}"
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key given twice (plain PyYAML keeps the last one silently)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, (str, int)) and key in seen and key != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            if isinstance(key, (str, int)):
+                seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _without_stage(cls: type, values: Mapping[str, object], where: str) -> dict[str, object]:
+    """A resolved config names its stage; another stage's file is refused."""
+    rest = dict(values)
+    if "stage" in rest and (stage := rest.pop("stage")) != stage_name(cls):
+        raise ConfigError(f"{where}: this is a recipe for {stage!r}, not for {stage_name(cls)!r}")
+    return rest
+
+
+def _derive_accumulation(values: dict[str, Any], default_per_device: int, where: str) -> None:
+    """With `global_batch_size` alone, accumulation = global / per device."""
+    total = values.get("global_batch_size")
+    if total is None or values.get("gradient_accumulation_steps") is not None:
+        return
+    per_device = values.get("per_device_train_batch_size", default_per_device)
+    if per_device <= 0 or total % per_device:
+        raise ConfigError(
+            f"{where}: global_batch_size {total} is not a multiple of per_device_train_batch_size {per_device}"
+        )
+    values["gradient_accumulation_steps"] = total // per_device
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type that `hint` names, or a ConfigError that says what was expected."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or hint is object:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(value, hint, arguments, where)
+    if origin is Literal:
+        for choice in arguments:
+            if value == choice and type(value) is type(choice):
+                return choice
+        raise _wrong(value, " or ".join(str(choice) for choice in arguments), where)
+    if origin in (list, tuple):
+        items = _as_sequence(value, where)
+        coerced = [_coerce(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(items)]
+        return coerced if origin is list else tuple(coerced)
+    if origin is dict or hint is dict:
+        parsed = _parse_text(value, where) if isinstance(value, str) else value
+        if not isinstance(parsed, dict):
+            raise _wrong(value, "a mapping", where)
+        inner = arguments[1] if arguments else Any
+        return {key: _coerce(item, inner, f"{where}.{key}") for key, item in parsed.items()}
+    if hint is bool:
+        return _as_bool(value, where)
+    if hint in (int, float):
+        return _as_number(value, hint, where)
+    if hint is str:
+        if not isinstance(value, str):
+            raise _wrong(value, "text (in quotes if it looks like a number)", where)
+        return value
+    raise TypeError(f"{where}: no rule for the type hint {hint!r}")
+
+
+def _coerce_union(value: Any, hint: Any, arguments: tuple[Any, ...], where: str) -> Any:
+    members = [member for member in arguments if member is not type(None)]
+    if len(members) < len(arguments) and (value is None or value in ("null", "none", "None", "~")):
+        return None
+    if len(members) == 1 and value is not None:
+        return _coerce(value, members[0], where)
+    for member in members:
+        try:
+            return _coerce(value, member, where)
+        except ConfigError:
+            continue
+    raise _wrong(value, str(hint), where)
+
+
+def _as_sequence(value: Any, where: str) -> Sequence[Any]:
+    if isinstance(value, str) and value.startswith("["):
+        value = _parse_text(value, where)
+    if isinstance(value, (list, tuple)):
+        return value
+    if value is None or value is True or isinstance(value, dict):
+        raise _wrong(value, "a list", where)
+    return [value]
+
+
+def _as_bool(value: Any, where: str) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise _wrong(value, "true or false", where)
+    return value
+
+
+def _as_number(value: Any, hint: type, where: str) -> int | float:
+    expected = "a whole number" if hint is int else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise _wrong(value, expected, where)
+    try:
+        number = int(value) if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value)) else float(value)
+    except ValueError:
+        raise _wrong(value, expected, where) from None
+    if not math.isfinite(number) or (hint is int and number != int(number)):
+        raise _wrong(value, expected, where)
+    return hint(number)
+
+
+def _parse_text(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_RecipeLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: not valid YAML: {text!r}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _wrong(value: Any, expected: str, where: str) -> ConfigError:
+    return ConfigError(f"{where}: expected {expected}, got {value!r} ({type(value).__name__})")

@@ -1,0 +1,242 @@
+"""Experience for GRPO: prompts -> n answers each -> scores -> advantages -> packed rows with the reference's top-K.
+
+A rollout is used for `num_iterations` optimiser steps. Old log-probabilities and the KL-to-go are those of the trainer's
+own forward at the first of them, over the very packs of the update, so the ratio is exactly 1 there and the KL of a
+model with itself exactly 0. Generation is seeded per (run, rollout, prompt, answer): it does not depend on batching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nova_kernels.packing import IGNORE_INDEX, PackedBatch, pack_samples
+from nova_kernels.topk_kl import TopK, linear_topk_select
+from nova_train.advantages import RunningMoments, group_advantages
+from nova_train.loader import PackedLoader, ShuffledLoader
+from nova_train.losses import next_token_targets
+from nova_train.model import hidden_states, lm_head
+from nova_train.rollout import Completion
+from nova_train.samples import Prompt
+
+Metrics = dict[str, tuple[float, float]]
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutBatch:
+    """A micro-batch of answers: whole groups, one packed row. R = response tokens that count."""
+
+    packed: PackedBatch  # labels hold the response tokens
+    lengths: Tensor  # int64 [S], response tokens of each answer
+    advantages: Tensor  # fp32 [S]
+    token_weights: Tensor  # fp32 [R], each token's weight in the sum of the loss
+    count: float  # what the sum is divided by, over all micro-batches of the step
+    ref: TopK  # the reference's top-K at the positions that predict response tokens, [R, K]
+    old_logprobs: Tensor | None = None  # [R], filled by the first forward
+    token_advantages: Tensor | None = None  # [R], likewise
+    metrics: Metrics = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PTXBatch:
+    """A micro-batch of supervised samples with the reference's top-K at the trained positions."""
+
+    packed: PackedBatch
+    ref: TopK
+
+    @property
+    def num_tokens(self) -> int:
+        return self.packed.num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExperienceOptions:
+    """How answers are sampled and weighed; the keys of GRPOConfig of the same names."""
+
+    num_generations: int
+    temperature: float
+    kl_top_k: int
+    loss_type: str
+    advantage_baseline: str
+    scale_rewards: str
+    advantage_eps: float
+    reward_std_floor: float
+    mask_truncated_completions: bool
+    max_completion_length: int
+    num_iterations: int
+
+
+# prompts, seeds -> answers; (prompts, answers) -> scores [n] and metrics. Both supplied by the stage.
+Sampler = Callable[[Sequence[Prompt], Sequence[tuple[int, int]]], list[Completion]]
+Scorer = Callable[[Sequence[Prompt], Sequence[Completion]], tuple[Tensor, Metrics]]
+
+
+class Experience:
+    """The source of GRPO's optimiser steps: fresh rollouts every `num_iterations` steps, PTX batches at every step."""
+
+    def __init__(
+        self,
+        prompts: ShuffledLoader[Prompt],
+        ptx: PackedLoader | None,
+        ref_policy: nn.Module,
+        sample: Sampler,
+        score: Scorer,
+        options: ExperienceOptions,
+    ) -> None:
+        self._prompts, self._ptx, self._ref_policy = prompts, ptx, ref_policy
+        self._sample, self._score, self._options = sample, score, options
+        self._moments = RunningMoments()
+        self._rollouts = 0
+        self._left = 0  # optimiser steps that the current rollout still serves
+        self._batches: list[RolloutBatch] = []
+
+    def __len__(self) -> int:
+        return len(self._prompts) * self._options.num_iterations
+
+    def next_step(self) -> list[RolloutBatch | PTXBatch]:
+        if self._left == 0:
+            self._batches = self._collect(self._prompts.next_step())
+            self._left = self._options.num_iterations
+            self._rollouts += 1
+        self._left -= 1
+        ptx = [] if self._ptx is None else [self._with_reference(batch) for batch in self._ptx.next_step()]
+        return [*self._batches, *ptx]
+
+    def _collect(self, micro_batches: Sequence[Sequence[Prompt]]) -> list[RolloutBatch]:
+        options, n = self._options, self._options.num_generations
+        prompts = [prompt for micro in micro_batches for prompt in micro for _ in range(n)]
+        completions = self._sample(prompts, [(self._rollouts, index) for index in range(len(prompts))])
+        scores, metrics = self._score(prompts, completions)
+        self._moments.update(scores)
+        groups = scores.view(-1, n)
+        advantages = group_advantages(
+            groups,
+            baseline=options.advantage_baseline,
+            scale_rewards=options.scale_rewards,
+            eps=options.advantage_eps,
+            spread_floor=options.reward_std_floor * self._moments.std,
+        ).view(-1)
+        lengths = [len(c.ids) for c in completions]
+        metrics |= {
+            "reward": (float(scores.sum()), len(scores)),
+            "reward_std": (float(groups.std(dim=1).sum()), len(groups)),
+            "frac_reward_zero_std": (float((groups == groups[:, :1]).all(dim=1).sum()), len(groups)),
+            "completions/mean_length": (float(sum(lengths)), len(lengths)),
+            "completions/clipped_ratio": (float(sum(not c.finished for c in completions)), len(completions)),
+        }
+        batches, first = [], 0
+        for micro in micro_batches:
+            chosen = slice(first, first + n * len(micro))
+            batches.append(self._pack(prompts[chosen], completions[chosen], advantages[chosen]))
+            first = chosen.stop
+        batches[0].metrics = metrics
+        return batches
+
+    def _pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion], advantages: Tensor) -> RolloutBatch:
+        options = self._options
+        kept = [c.finished or not options.mask_truncated_completions for c in completions]
+        samples = []
+        for prompt, completion, keep in zip(prompts, completions, kept, strict=True):
+            ids = np.asarray([*prompt.ids, *completion.ids], dtype=np.int64)
+            labels = ids.copy()
+            labels[: len(prompt.ids) if keep else None] = IGNORE_INDEX
+            samples.append({"input_ids": ids, "labels": labels})
+        packed = pack_samples(samples)
+        lengths = torch.tensor([len(c.ids) if keep else 0 for c, keep in zip(completions, kept, strict=True)])
+        weights, count = token_weights(lengths, options.loss_type, options.max_completion_length)
+        return RolloutBatch(
+            packed=packed,
+            lengths=lengths,
+            advantages=advantages,
+            token_weights=weights,
+            count=count,
+            ref=self._reference(packed),
+        )
+
+    def _with_reference(self, packed: PackedBatch) -> PTXBatch:
+        return PTXBatch(packed=packed, ref=self._reference(packed))
+
+    @torch.no_grad()
+    def _reference(self, packed: PackedBatch) -> TopK:
+        """The frozen policy's top-K at every trained position, from the same packs and chunks as the update."""
+        head = lm_head(self._ref_policy)
+        active = next_token_targets(packed.labels) != IGNORE_INDEX
+        hidden = hidden_states(self._ref_policy, packed)[active]
+        return linear_topk_select(
+            hidden, head.weight, self._options.kl_top_k, temperature=self._options.temperature, **head.kwargs()
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": self._prompts.state_dict(),
+            "ptx": None if self._ptx is None else self._ptx.state_dict(),
+            "moments": self._moments.state_dict(),
+            "rollouts": self._rollouts,
+            "left": self._left,
+            "batches": [_to_state(batch) for batch in self._batches] if self._left else [],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._prompts.load_state_dict(state["prompts"])
+        if self._ptx is not None:
+            self._ptx.load_state_dict(state["ptx"])
+        self._moments.load_state_dict(state["moments"])
+        self._rollouts, self._left = state["rollouts"], state["left"]
+        self._batches = [_from_state(saved) for saved in state["batches"]]
+
+
+def token_weights(lengths: Tensor, loss_type: str, max_completion_length: int) -> tuple[Tensor, float]:
+    """How the policy loss is aggregated: fp32 weight of each response token [R], and the count that divides the sum.
+
+    dapo      sum over tokens / tokens                                    (global token mean)
+    grpo      mean over answers of the mean over their tokens
+    dr_grpo   sum over tokens / (answers * max_completion_length)         (a constant, whatever the lengths)
+    """
+    answers = int((lengths > 0).sum())
+    ones = torch.ones(int(lengths.sum()), dtype=torch.float32)
+    if loss_type == "dapo":
+        return ones, float(ones.numel())
+    if loss_type == "grpo":
+        return ones / lengths.repeat_interleave(lengths), float(answers)
+    if loss_type == "dr_grpo":
+        return ones, float(answers * max_completion_length)
+    raise ValueError(f"loss_type must be dapo, grpo or dr_grpo, got {loss_type!r}")
+
+
+def _to_state(batch: RolloutBatch) -> dict[str, Any]:
+    """A rollout batch as tensors and plain types, for a checkpoint between two inner iterations."""
+    packed = batch.packed
+    return {
+        "packed": [packed.input_ids, packed.labels, packed.position_ids, packed.cu_seqlens, packed.max_seqlen],
+        "ref": [batch.ref.ids, batch.ref.values, batch.ref.lse, batch.ref.temperature],
+        "lengths": batch.lengths,
+        "advantages": batch.advantages,
+        "token_weights": batch.token_weights,
+        "count": batch.count,
+        "old_logprobs": batch.old_logprobs,
+        "token_advantages": batch.token_advantages,
+        "metrics": {name: list(pair) for name, pair in batch.metrics.items()},
+    }
+
+
+def _from_state(saved: Mapping[str, Any]) -> RolloutBatch:
+    ids, labels, positions, cu_seqlens, longest = saved["packed"]
+    top_ids, values, lse, temperature = saved["ref"]
+    rest = {name: value for name, value in saved.items() if name not in ("packed", "ref", "metrics")}
+    return RolloutBatch(
+        packed=PackedBatch(
+            input_ids=ids, labels=labels, position_ids=positions, cu_seqlens=cu_seqlens, max_seqlen=longest
+        ),
+        ref=TopK(ids=top_ids, values=values, lse=lse, temperature=temperature),
+        metrics={name: (pair[0], pair[1]) for name, pair in saved["metrics"].items()},
+        **rest,
+    )

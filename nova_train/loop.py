@@ -1,0 +1,306 @@
+"""The one loop: every stage that trains runs through `train`.
+
+An optimiser step takes a list of micro-batches. A stage's objective names its loss terms; each is a sum over items, and
+exactly one place (here) divides it by the term's global count, known before the first backward of the step:
+
+    loss = sum_terms  weight_term * (sum over all micro-batches) / (count over all micro-batches)
+
+so the gradient does not depend on how a batch is cut into micro-batches. Everything a step depends on is in the saved
+state: a run that is killed and started again gives the same bytes as one that was not.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from nova_train import state
+from nova_train.config import TrainConfig, fingerprint, identity
+from nova_train.metrics import MetricsLog, Window
+from nova_train.optim import Optimizers, learning_rate_factor
+
+MicroBatch = TypeVar("MicroBatch")
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    """What one micro-batch contributes: `sums` with gradient, `metrics` as (sum, count) without."""
+
+    sums: Mapping[str, Tensor]
+    metrics: Mapping[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+
+
+class Objective(Protocol[MicroBatch]):
+    """The loss of a stage, as named terms."""
+
+    weights: Mapping[str, float]  # of each term in the loss
+
+    def counts(self, batch: MicroBatch) -> Mapping[str, float]:
+        """The number of items of each term in a micro-batch, without running the model."""
+
+    def terms(self, batch: MicroBatch) -> LossTerms:
+        """The sum of each term over a micro-batch, and metrics."""
+
+
+class Source(Protocol[MicroBatch]):
+    """Where the micro-batches of each optimiser step come from."""
+
+    def __len__(self) -> int: ...
+
+    def next_step(self) -> list[MicroBatch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stateful(Protocol):
+    """Anything else of a stage that must survive a restart (running reward moments, a second loader)."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the step in progress was completed and saved; the same command continues."""
+
+    def __init__(self, step: int, folder: Path) -> None:
+        super().__init__(f"interrupted after step {step}; saved in {folder}; the same command continues from there")
+        self.step = step
+        self.folder = folder
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a run begins: fresh, from a checkpoint, or not at all because it is finished."""
+
+    stage: str
+    finished: bool
+    checkpoint: Path | None
+
+    def model_path(self, fresh: str) -> str:
+        """Where the trained model is loaded from: the checkpoint if there is one."""
+        return str(self.checkpoint) if self.checkpoint is not None else fresh
+
+
+def begin(config: TrainConfig, stage: str) -> Start:
+    """Claim the output folder, fix threads and seeds, and find the checkpoint to continue from."""
+    state.claim_folder(config, stage)
+    torch.set_num_threads(config.num_threads)
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    if state.finished_fingerprint(config.output_dir) is not None:
+        return Start(stage, finished=True, checkpoint=None)
+    return Start(stage, finished=False, checkpoint=state.find_checkpoint(config))
+
+
+@dataclass(kw_only=True)
+class Training(Generic[MicroBatch]):
+    """One training run: what `train` needs besides the configuration.
+
+    save_extra: writes what a stage keeps beside the model (tokenizer, reward statistics) into a folder.
+    evaluate: metrics of held-out data, called every `eval_steps` and at the end; must not use the global generators.
+    keep: further objects whose state belongs to the run.
+    """
+
+    config: TrainConfig
+    start: Start
+    model: nn.Module
+    objective: Objective[MicroBatch]
+    source: Source[MicroBatch]
+    save_extra: Callable[[Path], None]
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    keep: Mapping[str, Stateful] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # goes into finished.json
+
+    def __post_init__(self) -> None:
+        self.optimizers = Optimizers(self.model, self.config)
+        self.window = Window()
+        self.total_steps = len(self.source)
+        self.step = 0
+        self.tokens = 0
+
+    def restore(self, checkpoint: Path) -> None:
+        """Everything but the model's weights, which were loaded from the checkpoint already."""
+        saved = state.load_trainer(checkpoint)
+        self.step, self.tokens = saved["step"], saved["tokens"]
+        self.optimizers.load_state_dict(saved["optimizers"])
+        self.source.load_state_dict(saved["source"])
+        self.window.load_state_dict(saved["window"])
+        for name, thing in self.keep.items():
+            thing.load_state_dict(saved["keep"][name])
+        state.restore_rng(saved["rng"])
+
+    def save(self) -> Path:
+        """A checkpoint of the step just completed."""
+        trainer = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "optimizers": self.optimizers.state_dict(),
+            "source": self.source.state_dict(),
+            "window": self.window.state_dict(),
+            "keep": {name: thing.state_dict() for name, thing in self.keep.items()},
+            "rng": state.rng_state(),
+        }
+        return state.save_checkpoint(
+            self.config.output_dir, self.step, self.write_model, trainer, keep=self.config.save_total_limit
+        )
+
+    def write_model(self, folder: Path) -> None:
+        """The model as Hugging Face saves it, and the stage's own files."""
+        self.model.save_pretrained(folder)
+        self.save_extra(folder)
+
+
+def train(run: Training[Any]) -> None:
+    """Run to the last step, save the result into output_dir and mark it finished.
+
+    Raises:
+        Interrupted: on Ctrl-C, after the step in progress was saved. A second Ctrl-C stops at once.
+        RuntimeError: a loss that is not finite (the last checkpoint stays).
+    """
+    config = run.config
+    if run.start.checkpoint is not None:
+        run.restore(run.start.checkpoint)
+    metrics = MetricsLog(config.output_dir, step=run.step, report_to=config.report_to, run_name=config.output_dir)
+    with _progress(run) as advance, _interrupt() as interrupted:
+        while run.step < run.total_steps:
+            started = time.perf_counter()
+            tokens = train_step(run)
+            run.step += 1
+            run.tokens += tokens
+            seconds = time.perf_counter() - started
+            if run.step % config.logging_steps == 0 or run.step == run.total_steps:
+                metrics.write(run.step, {**run.window.means(), "num_tokens": run.tokens})
+                metrics.write_timing(run.step, {"step_time": seconds, "tokens_per_second": tokens / seconds})
+            due = config.eval_steps is not None and run.step % config.eval_steps == 0
+            if run.evaluate is not None and (due or run.step == run.total_steps):
+                metrics.write(run.step, run.evaluate())
+            advance(tokens)
+            if interrupted():
+                raise Interrupted(run.step, run.save())
+            if run.step % config.save_steps == 0 and run.step < run.total_steps:
+                run.save()
+    run.write_model(Path(config.output_dir))
+    state.mark_finished(
+        config.output_dir,
+        fingerprint(identity(config)),
+        steps=run.step,
+        tokens=run.tokens,
+        **run.facts,
+    )
+
+
+def train_step(run: Training[Any]) -> int:
+    """One optimiser step; returns the tokens it processed."""
+    tokens = accumulate_gradients(run.model, run.objective, run.source.next_step(), run.window, bf16=run.config.bf16)
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if not torch.isfinite(norm):
+        raise RuntimeError(
+            f"{run.config.output_dir}: the gradient norm is {float(norm)} at step {run.step + 1}; "
+            "lower learning_rate, or look at the batch (metrics.jsonl has the steps before)"
+        )
+    if run.config.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, run.config.max_grad_norm, norm)
+    factor = learning_rate_factor(run.step, run.total_steps, run.config)
+    run.optimizers.step(factor)
+    run.window.add("grad_norm", norm, 1)
+    run.window.add("learning_rate", run.config.learning_rate * factor, 1)
+    return tokens
+
+
+def accumulate_gradients(
+    model: nn.Module, objective: Objective[Any], batches: Sequence[Any], window: Window, *, bf16: bool = False
+) -> int:
+    """Backward of one optimiser step over its micro-batches; the only place that divides a loss.
+
+    Returns:
+        the number of tokens in the micro-batches.
+    """
+    counts: dict[str, float] = {}
+    for batch in batches:
+        for name, count in objective.counts(batch).items():
+            counts[name] = counts.get(name, 0.0) + count
+    device = next(model.parameters()).device
+    tokens = 0
+    for batch in batches:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            terms = objective.terms(batch)
+        parts = {
+            name: objective.weights[name] * total / counts[name]
+            for name, total in terms.sums.items()
+            if counts.get(name, 0.0) > 0
+        }
+        loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
+        if loss.requires_grad:
+            loss.backward()
+        tokens += batch.num_tokens
+        window.add("loss", loss, 0)
+        for name, total in terms.sums.items():
+            window.add(f"loss/{name}", total, counts.get(name, 0.0) / len(batches))
+        for name, (total, count) in terms.metrics.items():
+            window.add(name, total, count)
+    window.add("loss", 0.0, 1)
+    return tokens
+
+
+@contextmanager
+def _progress(run: Training[Any]) -> Any:
+    """A progress bar with steps, rate and time left; yields a function to call with the tokens of each step."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=run.config.disable_progress) as bar:
+        task = bar.add_task(run.start.stage, total=run.total_steps, completed=run.step, rate="")
+        began, done = time.perf_counter(), 0
+
+        def advance(tokens: int) -> None:
+            nonlocal done
+            done += tokens
+            rate = done / (time.perf_counter() - began)
+            bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
+
+        yield advance
+
+
+@contextmanager
+def _interrupt() -> Any:
+    """Turn the first Ctrl-C into a flag (yields a function that reads it); the second one raises as usual."""
+    seen = False
+    before = signal.getsignal(signal.SIGINT)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        if seen:
+            raise KeyboardInterrupt
+        seen = True
+
+    try:
+        signal.signal(signal.SIGINT, on_signal)
+    except ValueError:  # not the main thread: Ctrl-C is not ours to catch
+        yield lambda: False
+        return
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)

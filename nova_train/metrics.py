@@ -1,0 +1,115 @@
+"""metrics.jsonl: what a run computed, byte for byte the same on every machine-independent rerun and after every resume.
+
+One JSON object per line, first key "step". Wall-clock figures go to timing.jsonl, so that metrics.jsonl can be compared
+byte for byte; on resume both are cut back to the restored step. Trackers (wandb, tensorboard, trackio) get copies.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TRACKERS = ("wandb", "tensorboard", "trackio")
+
+
+class Window:
+    """Weighted means over the steps since the last log line: each metric is a running (sum, count)."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, list[Any]] = {}
+
+    def add(self, name: str, total: torch.Tensor | float, count: float) -> None:
+        """Add `total` over `count` items; tensors stay on their device until the line is written."""
+        value = total.detach().double() if isinstance(total, torch.Tensor) else float(total)
+        entry = self._totals.setdefault(name, [0.0, 0.0])
+        entry[0] = entry[0] + value
+        entry[1] += float(count)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric, in the order of first use; the window is emptied."""
+        means = {name: float(total) / count for name, (total, count) in self._totals.items() if count > 0}
+        self._totals = {}
+        return means
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {name: [float(total), count] for name, (total, count) in self._totals.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        self._totals = {name: list(entry) for name, entry in state.items()}
+
+
+class MetricsLog:
+    """Appends lines to metrics.jsonl and timing.jsonl of one run, cut back to `step` at the start."""
+
+    def __init__(self, output_dir: str | Path, *, step: int, report_to: Sequence[str] = (), run_name: str = "") -> None:
+        folder = Path(output_dir)
+        self._metrics = folder / "metrics.jsonl"
+        self._timing = folder / "timing.jsonl"
+        for path in (self._metrics, self._timing):
+            _cut_back(path, step)
+        self._trackers = [_open_tracker(name, folder, run_name) for name in report_to]
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics; values are rounded to 9 significant digits."""
+        line = {"step": step, **{name: _rounded(value) for name, value in values.items()}}
+        _append(self._metrics, line)
+        for send in self._trackers:
+            send(step, {name: float(value) for name, value in values.items()})
+
+    def write_timing(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of wall-clock figures (seconds, tokens per second)."""
+        _append(self._timing, {"step": step, **{name: _rounded(value) for name, value in values.items()}})
+
+
+def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl; [] where there is none."""
+    path = Path(output_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _rounded(value: float) -> float | None:
+    number = float(value)
+    return float(f"{number:.9g}") if math.isfinite(number) else None
+
+
+def _append(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Keep the lines up to `step`; a last line that a killed process left half-written goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            if line and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except json.JSONDecodeError:
+            break
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _open_tracker(name: str, folder: Path, run_name: str) -> Any:
+    """A function (step, values) for one tracker; the package is imported here, only when asked for."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+        return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+    if name in ("wandb", "trackio"):
+        module = __import__(name)
+        run = module.init(project="nova-kernels", name=run_name, **({"dir": str(folder)} if name == "wandb" else {}))
+        return lambda step, values: run.log(values, step=step)
+    raise ValueError(f"report_to: expected some of {TRACKERS}, got {name!r}")

@@ -1,0 +1,152 @@
+"""Hugging Face models as the loop sees them: packed rows in, hidden states [T, H] out, and the head beside them.
+
+The trainer never asks a model for logits: the losses take hidden states and the head's weight (`nova_kernels.logprob`,
+`nova_kernels.topk_kl`). The head is checked once per model, so that a model whose logits are not
+`softcap(hidden @ weight.T + bias)` is refused instead of trained wrongly.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from nova_kernels.checkpoint import checkpoint_segments
+from nova_kernels.integrations.transformers import use_varlen_attention
+from nova_kernels.packing import PackedBatch
+from nova_train.chat import CHATML_TEMPLATE
+from nova_train.config import ConfigError, TrainConfig
+
+log = logging.getLogger(__name__)
+
+PAD_TOKEN = "<|pad|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The LM head as plain tensors: logits = softcap(hidden @ weight.T + bias)."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None
+
+    def kwargs(self) -> dict[str, Any]:
+        return {"bias": self.bias, "softcap": self.softcap}
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """AutoTokenizer; one without a chat template gets ChatML (its markers must then be special tokens)."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHATML_TEMPLATE
+    return tokenizer
+
+
+def load_causal_lm(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> nn.Module:
+    """A causal LM with varlen attention attached, dropout off, and (if trained) activation checkpointing as configured."""
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    _attach(model, config, frozen=frozen)
+    return model
+
+
+def load_plain_causal_lm(path: str | Path) -> nn.Module:
+    """A causal LM in evaluation mode with its own attention, for generation only."""
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path)
+    return model.eval().requires_grad_(False)
+
+
+def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> nn.Module:
+    """AutoModelForSequenceClassification with one output; a causal LM's weights give the backbone, the head is new."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=getattr(torch, config.dtype))
+    if model.config.num_labels != 1:
+        raise ConfigError(f"{path}: a reward model has num_labels = 1, this one has {model.config.num_labels}")
+    _attach(model, config, frozen=frozen)
+    return model
+
+
+def give_own_pad_token(model: nn.Module, tokenizer: Any) -> None:
+    """Make sure that padding has a token of its own, known to both.
+
+    transformers scores a sequence at its last token that is not `pad_token_id`; where padding shares its id with the
+    end of a turn, that is the token before. A new token is added (and the embedding grown) only where it is needed.
+    """
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id >= rows:
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """Last hidden states [T, H] of a packed row, after the final norm; samples do not see each other."""
+    output = model.base_model(input_ids=batch.input_ids, **batch.attention_kwargs())
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def lm_head(model: nn.Module) -> Head:
+    """The head's tensors; gradients reach the model through them."""
+    linear = model.get_output_embeddings()
+    return Head(
+        weight=linear.weight,
+        bias=getattr(linear, "bias", None),
+        softcap=getattr(model.config, "final_logit_softcapping", None),
+    )
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """Refuse a model whose own logits are not what `lm_head` says (some scale them).
+
+    Raises:
+        ConfigError: the largest difference, and what is supported.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(min(8, model.config.vocab_size), device=device)[None]
+    with own_attention(model):
+        output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    head = lm_head(model)
+    logits = torch.nn.functional.linear(output.hidden_states[-1][0].float(), head.weight.float(), head.bias)
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    own = output.logits[0].float()
+    error = float((logits - own).abs().max())
+    if error > 1e-2 * (1.0 + float(own.abs().max())):
+        raise ConfigError(
+            f"{type(model).__name__}: the model's logits differ from hidden @ head.T by {error:.2g}; models that "
+            "rescale their logits are not supported (config fields like logit_scale or logits_scaling)"
+        )
+
+
+def own_attention(model: nn.Module) -> AbstractContextManager[Any]:
+    """The model's own attention for the length of a `with`: generation needs its KV cache and padding mask."""
+    handle = getattr(model, "_varlen_attention", None)
+    return nullcontext() if handle is None else handle.suspended()
+
+
+def _attach(model: nn.Module, config: TrainConfig, *, frozen: bool) -> None:
+    model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
+    _turn_off_dropout(model)
+    model.eval() if frozen else model.train()
+    model.requires_grad_(not frozen)
+    if not frozen and config.segments is not None:
+        checkpoint_segments(model, config.segments)
+
+
+def _turn_off_dropout(model: nn.Module) -> None:
+    found = False
+    for module in model.modules():
+        for name in ("p", "attention_dropout"):
+            if (isinstance(module, nn.Dropout) or name != "p") and getattr(module, name, 0.0):
+                setattr(module, name, 0.0)
+                found = True
+    if found:
+        log.warning("%s: dropout set to 0; alignment compares log-probabilities of one model", type(model).__name__)

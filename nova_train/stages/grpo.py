@@ -1,0 +1,260 @@
+"""GRPO with the exact top-K KL: equation (2) of the report, with groups of n = 3 instead of a critic.
+
+    maximise  E[ r - beta KL(pi || ref) ],  and keep  KL(pi || ref)  small on supervised data (KL-PTX)
+
+    A_i      = (s_i - mean) / (std + eps)                       scores alone; the KL never enters the statistics
+    Adv_it   = A_i - beta sum_{u > t} KL_iu                     detached, fixed at the rollout   (placement "split")
+    L        = sum_it [ -min(rho Adv, clip(rho) Adv) + beta KL_it ] / tokens  +  ptx_kl_weight * sum KL / PTX tokens
+
+`ref` is the policy this stage starts from, frozen. The default's group mean and division by the standard deviation
+deviate from the true gradient of eq. (2) by design (docs/equations.md); `leave_one_out` with `scale_rewards: none` does
+not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from nova_kernels.logprob import linear_logprobs
+from nova_kernels.packing import IGNORE_INDEX
+from nova_kernels.topk_kl import TopK, linear_topk_kl_div
+from nova_train import kl as kl_penalty
+from nova_train import loop
+from nova_train.chat import Chat
+from nova_train.config import ConfigError, TrainConfig
+from nova_train.datasets import read_rows
+from nova_train.evaluate import mean_rewards
+from nova_train.experience import Experience, ExperienceOptions, Metrics, PTXBatch, RolloutBatch
+from nova_train.loader import PackedLoader, ShuffledLoader
+from nova_train.losses import clipped_policy_loss, next_token_targets
+from nova_train.model import check_head, hidden_states, lm_head, load_causal_lm, load_tokenizer
+from nova_train.rewards import Judge
+from nova_train.rollout import Completion, generate, sampling_seed
+from nova_train.samples import Prompt, prompts, sft_samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GRPOConfig(TrainConfig):
+    """Keys of `nova-train grpo`; a batch is counted in prompts (TRL counts completions)."""
+
+    max_length: int = 4096  # tokens of a prompt, and of a PTX pack
+    learning_rate: float = 1e-6
+    num_generations: int = 3  # answers per prompt
+    max_completion_length: int = 256  # tokens
+    temperature: float = 1.0
+    top_p: float = 1.0
+    rollout_batch_size: int = 256  # sequences per generation call
+    num_iterations: int = 1  # optimiser steps per rollout
+    epsilon: float = 0.2
+    epsilon_high: float | None = None  # None: epsilon
+    loss_type: Literal["dapo", "grpo", "dr_grpo"] = "dapo"
+    advantage_baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    advantage_eps: float = 1e-4
+    reward_std_floor: float = 0.0  # least standard deviation that divides, as a share of the running one
+    mask_truncated_completions: bool = False
+    beta: float = 0.04  # weight of the KL penalty
+    kl_top_k: int = 500  # entries of the reference that the KL sees
+    kl_placement: Literal["split", "reward", "loss"] = "split"
+    kl_tail: Literal["none", "bucket"] = "none"
+    reward_model: str | None = None
+    reward_funcs: list[str] = field(default_factory=list)  # module:function or file.py:function
+    reward_weights: list[float] | None = None  # reward model first, then the functions; None: 1 each; 0: watch only
+    ptx_dataset_name: list[str] = field(default_factory=list)  # supervised rows for the KL-PTX term
+    ptx_kl_weight: float = 0.0  # gamma of eq. (2)
+    ptx_batch_size: int = 1  # packs per optimiser step
+    eval_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if isinstance(self.ptx_dataset_name, str):
+            object.__setattr__(self, "ptx_dataset_name", [self.ptx_dataset_name])
+        if self.model_name_or_path is None:
+            raise ConfigError("model_name_or_path is missing: the policy to start from")
+        if self.num_generations < 2:
+            raise ConfigError(f"num_generations must be at least 2 (a group), got {self.num_generations}")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature must be positive, got {self.temperature}")
+        if self.reward_model is None and not self.reward_funcs:
+            raise ConfigError("no reward: give reward_model, reward_funcs or both")
+        judges = len(self.reward_funcs) + (self.reward_model is not None)
+        if self.reward_weights is not None and len(self.reward_weights) != judges:
+            raise ConfigError(f"reward_weights has {len(self.reward_weights)} values for {judges} rewards")
+        if self.ptx_kl_weight > 0 and not self.ptx_dataset_name:
+            raise ConfigError(f"ptx_kl_weight is {self.ptx_kl_weight}, but ptx_dataset_name names no data set")
+        if self.kl_placement == "reward":
+            loop.log.warning("kl_placement: reward drops the KL's own gradient (docs/equations.md); split is exact")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """Terms policy, kl (both over response tokens) and ptx (over supervised tokens)."""
+
+    model: nn.Module
+    config: GRPOConfig
+    weights: Mapping[str, float]
+
+    def counts(self, batch: RolloutBatch | PTXBatch) -> Mapping[str, float]:
+        if isinstance(batch, PTXBatch):
+            return {"ptx": float(batch.ref.lse.numel())}
+        return {"policy": batch.count, "kl": batch.count}
+
+    def terms(self, batch: RolloutBatch | PTXBatch) -> loop.LossTerms:
+        hidden = hidden_states(self.model, batch.packed)
+        targets = next_token_targets(batch.packed.labels)
+        active = targets != IGNORE_INDEX
+        if isinstance(batch, PTXBatch):
+            return self._ptx_terms(hidden[active], batch.ref)
+        return self._policy_terms(hidden[active], targets[active], batch)
+
+    def _ptx_terms(self, hidden: Tensor, ref: TopK) -> loop.LossTerms:
+        head = lm_head(self.model)
+        kl = linear_topk_kl_div(
+            hidden, head.weight, ref, temperature=self.config.temperature, tail=self.config.kl_tail, **head.kwargs()
+        )
+        return loop.LossTerms(sums={"ptx": kl.sum()}, metrics={"ptx/kl": (kl.detach().sum(), kl.numel())})
+
+    def _policy_terms(self, hidden: Tensor, targets: Tensor, batch: RolloutBatch) -> loop.LossTerms:
+        config, head = self.config, lm_head(self.model)
+        out = linear_logprobs(
+            hidden,
+            head.weight,
+            targets,
+            ref=batch.ref,
+            temperature=config.temperature,
+            tail=config.kl_tail,
+            **head.kwargs(),
+        )
+        assert out.kl is not None and out.policy_mass is not None, "linear_logprobs returns both with a reference"
+        if batch.old_logprobs is None or batch.token_advantages is None:
+            batch.old_logprobs = out.logprobs.detach()
+            batch.token_advantages = kl_penalty.token_advantages(
+                batch.advantages, out.kl, batch.lengths, beta=config.beta, placement=config.kl_placement
+            )
+        policy = clipped_policy_loss(
+            out.logprobs,
+            batch.old_logprobs,
+            batch.token_advantages,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+        )
+        weights = batch.token_weights.to(out.logprobs)
+        sums = {"policy": (weights * policy.loss).sum()}
+        if kl_penalty.kl_in_loss(config.kl_placement) and config.beta > 0:
+            sums["kl"] = (weights * out.kl).sum()
+        n = float(targets.numel())
+        ref_mass = torch.exp(torch.logsumexp(batch.ref.values / config.temperature, dim=-1) - batch.ref.lse)
+        metrics: dict[str, tuple[Tensor | float, float]] = {
+            "kl": (out.kl.detach().sum(), n),
+            "entropy": (out.entropy.sum(), n),
+            "policy_mass": (out.policy_mass.detach().sum(), n),
+            "ref_mass": (ref_mass.sum(), n),
+            "clip_ratio/low_mean": (policy.clipped_low.double().sum(), n),
+            "clip_ratio/high_mean": (policy.clipped_high.double().sum(), n),
+            "ratio/max_deviation": ((policy.ratio - 1).abs().max() if n else 0.0, 1.0),
+            **batch.metrics,
+        }
+        return loop.LossTerms(sums=sums, metrics=metrics)
+
+
+def run(config: GRPOConfig) -> Path:
+    """Train the policy against rewards; returns the folder of the saved model."""
+    source = str(config.model_name_or_path)
+    check_top_k(source, config.kl_top_k)
+    start = loop.begin(config, "grpo")
+    if start.finished:
+        return Path(config.output_dir)
+    tokenizer = load_tokenizer(source)
+    chat = Chat(tokenizer)
+    policy = load_causal_lm(start.model_path(source), config)
+    check_head(policy)
+    ref_policy = load_causal_lm(source, config, frozen=True)
+    judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat)
+    rows = read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row)
+    loader = ShuffledLoader(
+        prompts(rows, chat, config.max_length),
+        per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        per_micro_batch=config.per_device_train_batch_size,
+        epochs=config.num_train_epochs,
+        seed=config.seed,
+        max_steps=config.max_steps,
+    )
+
+    def sample(some: Sequence[Prompt], places: Sequence[tuple[int, int]], temperature: float) -> list[Completion]:
+        return generate(
+            policy,
+            [prompt.ids for prompt in some],
+            seeds=[sampling_seed(config.seed, *place) for place in places],
+            end_ids=[chat.end_of_turn_id],
+            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_of_turn_id,
+            max_new_tokens=config.max_completion_length,
+            temperature=temperature,
+            top_p=config.top_p,
+            batch_size=config.rollout_batch_size,
+        )
+
+    def score(some: Sequence[Prompt], completions: Sequence[Completion]) -> tuple[Tensor, Metrics]:
+        return judge.score(some, completions)
+
+    experience = Experience(
+        loader,
+        _ptx_loader(config, chat),
+        ref_policy,
+        lambda some, places: sample(some, places, config.temperature),
+        score,
+        ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
+    )
+    held_out = (
+        prompts(read_rows(config.eval_dataset_name, kind="prompt", on_bad_row=config.on_bad_row), chat, config.max_length)
+        if config.eval_dataset_name
+        else []
+    )
+
+    def evaluate() -> Mapping[str, float]:
+        completions = sample(held_out, [(-1, index) for index in range(len(held_out))], config.eval_temperature)
+        return mean_rewards(held_out, judge.each(held_out, completions))
+
+    loop.train(
+        loop.Training(
+            config=config,
+            start=start,
+            model=policy,
+            objective=PolicyObjective(policy, config, {"policy": 1.0, "kl": config.beta, "ptx": config.ptx_kl_weight}),
+            source=experience,
+            save_extra=tokenizer.save_pretrained,
+            evaluate=evaluate if held_out else None,
+        )
+    )
+    return Path(config.output_dir)
+
+
+def check_top_k(model_path: str, k: int) -> None:
+    """Refuse a kl_top_k that the vocabulary cannot serve, before anything is loaded.
+
+    Raises:
+        ConfigError: k below 2 or above the vocabulary.
+    """
+    vocabulary = AutoConfig.from_pretrained(model_path).vocab_size
+    if not 2 <= k <= vocabulary:
+        raise ConfigError(f"kl_top_k must lie in [2, {vocabulary}] (the vocabulary of {model_path}), got {k}")
+
+
+def _ptx_loader(config: GRPOConfig, chat: Chat) -> PackedLoader | None:
+    if config.ptx_kl_weight == 0:
+        return None
+    rows = read_rows(config.ptx_dataset_name, kind="sft", on_bad_row=config.on_bad_row)
+    return PackedLoader(
+        sft_samples(rows, chat, config.max_length, config.overlong),
+        capacity=config.max_length,
+        packs_per_step=config.ptx_batch_size,
+        packs_per_micro_batch=config.ptx_batch_size,
+        epochs=None,
+        seed=config.seed + 1,
+    )

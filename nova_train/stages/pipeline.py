@@ -1,0 +1,199 @@
+"""Run a list of named stages, each from the results of earlier ones.
+
+    output_dir: runs/demo
+    seed: 0                                    # seed, num_threads, disable_progress: defaults for every stage
+    stages:
+      - {name: base, run: sft, model_name_or_path: gpt2, dataset_name: chat.jsonl}
+      - name: policy
+        run: grpo
+        inputs: {model_name_or_path: base}     # the folder of stage `base`; also base/sub/path, or a list of them
+        dataset_name: prompts.jsonl
+
+Each stage works in output_dir/name. The whole recipe is resolved and checked before the first stage starts. A stage's
+fingerprint covers its resolved keys and the fingerprints of the stages it reads, so a rerun skips exactly what is done;
+a folder that holds another run is an error, never overwritten.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nova_train.config import ConfigError, build_config, fingerprint, identity, read_recipe, unknown_key
+from nova_train.stages.kinds import kind_named
+from nova_train.state import StateError, finished_fingerprint
+
+log = logging.getLogger(__name__)
+
+_DEFAULTS = ("seed", "num_threads", "disable_progress")
+_KEYS = ("output_dir", *_DEFAULTS, "stages")
+_RECORD = "pipeline.json"  # in each stage's folder: the fingerprint it was started with
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedStage:
+    """One stage, resolved and ready to run."""
+
+    name: str
+    kind: str
+    config: Any  # the stage's own config dataclass
+    run: Callable[[Any], Path]
+    inputs: tuple[str, ...]  # names of the stages it reads
+    fingerprint: str  # of the resolved keys and of the inputs
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+
+def plan_pipeline(recipe: str | Path, overrides: Mapping[str, object]) -> list[PlannedStage]:
+    """Resolve every stage of a recipe; nothing runs and nothing is written.
+
+    Raises:
+        ConfigError: an unknown or missing key, a wrong value or an unknown input, naming the stage.
+    """
+    values = {**read_recipe(recipe), **overrides}
+    for key in values:
+        if key not in _KEYS:
+            raise ConfigError(f"{recipe}: {unknown_key(key, _KEYS, 'a pipeline')}")
+    output_dir, entries = values.get("output_dir"), values.get("stages")
+    if not isinstance(output_dir, str) or not output_dir:
+        raise ConfigError(f"{recipe}: output_dir must name the folder of all stages, got {output_dir!r}")
+    if not isinstance(entries, list) or not entries:
+        raise ConfigError(f"{recipe}: stages must be a list of at least one stage, got {entries!r}")
+    defaults = {key: values[key] for key in _DEFAULTS if key in values}
+    planned: dict[str, PlannedStage] = {}
+    for number, entry in enumerate(entries, 1):
+        where = f"{recipe}: stage {number}"
+        if not isinstance(entry, dict):
+            raise ConfigError(f"{where}: expected a mapping with name, run and the stage's keys, got {entry!r}")
+        stage = _plan_stage(entry, output_dir, defaults, planned, where)
+        planned[stage.name] = stage
+    return list(planned.values())
+
+
+def run_pipeline(stages: list[PlannedStage], *, first: str | None = None, last: str | None = None) -> list[Path]:
+    """Run the stages from `first` to `last` (both included; None: from the start, to the end), skipping what is done.
+
+    Raises:
+        ConfigError: no stage is called `first` or `last`, or they are the wrong way round.
+        StateError: a stage before `first` is not finished, or a folder holds another run.
+    """
+    begin, end = _range(stages, first, last)
+    for stage in stages[:begin]:
+        if not is_done(stage):
+            raise StateError(f"--from {first}: stage {stage.name!r} before it is not finished; leave --from out")
+    for number, stage in enumerate(stages[begin:end], begin + 1):
+        label = f"[{number}/{len(stages)}] {stage.name}"
+        if is_done(stage):
+            log.info("%s: done before, skipped", label)
+            continue
+        log.info("%s: %s -> %s", label, stage.kind, stage.folder)
+        _record(stage)
+        started = time.perf_counter()
+        stage.run(stage.config)
+        gc.collect()
+        log.info("%s: done in %.0f s", label, time.perf_counter() - started)
+    return [stage.folder for stage in stages[begin:end]]
+
+
+def is_done(stage: PlannedStage) -> bool:
+    """Whether this very stage (same keys, same inputs) is finished.
+
+    Raises:
+        StateError: the folder was started with other keys or other inputs.
+    """
+    path = stage.folder / _RECORD
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["fingerprint"] != stage.fingerprint:
+        raise StateError(
+            f"{stage.folder} holds another run of stage {stage.name!r} ({_difference(found, stage)}); "
+            "choose another output_dir, or remove that folder to run the stage again"
+        )
+    return finished_fingerprint(stage.folder) is not None
+
+
+def _plan_stage(
+    entry: Mapping[str, Any],
+    output_dir: str,
+    defaults: Mapping[str, object],
+    earlier: Mapping[str, PlannedStage],
+    where: str,
+) -> PlannedStage:
+    keys = dict(entry)
+    name, kind_name, inputs = keys.pop("name", None), keys.pop("run", None), keys.pop("inputs", None) or {}
+    if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
+        raise ConfigError(f"{where}: name must be a plain folder name, got {name!r}")
+    where = f"{where} ({name})"
+    if name in earlier:
+        raise ConfigError(f"{where}: the name {name!r} is taken by an earlier stage")
+    if "output_dir" in keys:
+        raise ConfigError(f"{where}: a stage's folder is output_dir/name; remove its output_dir {keys['output_dir']!r}")
+    config_class, run = kind_named(kind_name, where).load()
+    if not isinstance(inputs, dict):
+        raise ConfigError(f"{where}: inputs must map keys to earlier stages, got {inputs!r}")
+    read: dict[str, None] = {}
+    for key, value in inputs.items():
+        if key in keys:
+            raise ConfigError(f"{where}: {key!r} is given both as a key and under inputs")
+        paths = value if isinstance(value, list) else [value]
+        resolved = [_input_path(path, output_dir, earlier, f"{where}: inputs.{key}") for path in paths]
+        read.update(dict.fromkeys(str(path).split("/", 1)[0] for path in paths))
+        keys[key] = resolved if isinstance(value, list) else resolved[0]
+    own = {key: value for key, value in defaults.items() if key in config_class.__dataclass_fields__}
+    config = build_config(config_class, {**own, **keys, "output_dir": os.path.join(output_dir, name)}, where=where)
+    covered = {"run": kind_name, "keys": identity(config), "inputs": {n: earlier[n].fingerprint for n in read}}
+    return PlannedStage(
+        name=name, kind=kind_name, config=config, run=run, inputs=tuple(read), fingerprint=fingerprint(covered)
+    )
+
+
+def _input_path(value: object, output_dir: str, earlier: Mapping[str, PlannedStage], where: str) -> str:
+    """`stage` or `stage/sub/path` -> a path below the pipeline's folder."""
+    if not isinstance(value, str) or ".." in value.split("/"):
+        raise ConfigError(f"{where}: expected the name of an earlier stage, or stage/path, got {value!r}")
+    stage = value.split("/", 1)[0]
+    if stage not in earlier:
+        known = ", ".join(earlier) or "none: this is the first"
+        raise ConfigError(f"{where}: no earlier stage is called {stage!r} (earlier stages: {known})")
+    return os.path.join(output_dir, value)
+
+
+def _range(stages: list[PlannedStage], first: str | None, last: str | None) -> tuple[int, int]:
+    names = [stage.name for stage in stages]
+    for flag, name in (("--from", first), ("--until", last)):
+        if name is not None and name not in names:
+            raise ConfigError(f"{flag} {name}: {unknown_key(name, names, 'the pipeline').replace('key', 'stage')}")
+    begin = 0 if first is None else names.index(first)
+    end = len(names) if last is None else names.index(last) + 1
+    if begin >= end:
+        raise ConfigError(f"--from {first} stands after --until {last} in the pipeline: {', '.join(names)}")
+    return begin, end
+
+
+def _record(stage: PlannedStage) -> None:
+    """Note which run the folder is about to hold, before the stage makes anything in it."""
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    path = stage.folder / _RECORD
+    text = json.dumps({"fingerprint": stage.fingerprint, "run": stage.kind, "keys": identity(stage.config)}, indent=1)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _difference(found: Mapping[str, Any], stage: PlannedStage) -> str:
+    """What sets a recorded run apart, in a few words."""
+    there, here = found["keys"], identity(stage.config)
+    names = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    if not names:
+        return f"same keys, but {' or '.join(stage.inputs) or 'its kind'} changed"
+    return "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in names[:5])

@@ -1,0 +1,207 @@
+"""Saved states: one run per folder, checkpoints that resume bit for bit, damage that is noticed.
+
+    output_dir/
+        resolved_config.yaml      the configuration the folder belongs to; another one is refused
+        checkpoint-N/             everything step N + 1 needs, written beside and renamed when complete
+            manifest.json         size and SHA-256 of every other file of the checkpoint
+            trainer.pt            optimisers, source position, random states, metric windows
+            model.safetensors ... the model, as Hugging Face saves it
+        finished.json             written last: the run is complete, with its fingerprint
+
+"State" means saved weights and what belongs to them; "checkpoint" alone means activations elsewhere in this package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from nova_train.config import PRESENTATION_KEYS, TrainConfig, config_to_dict, write_config
+
+log = logging.getLogger(__name__)
+
+class StateError(RuntimeError):
+    """A saved state cannot be used: another run's folder, or damaged files."""
+
+
+def claim_folder(config: Any, stage: str) -> None:
+    """Make `config.output_dir` this run's own: write resolved_config.yaml, or check that it is the same run's.
+
+    Raises:
+        StateError: the folder holds another run (each differing key is named), or files of unknown origin where
+            `resume_from_checkpoint` is None (start fresh).
+    """
+    folder = Path(config.output_dir)
+    resolved = folder / "resolved_config.yaml"
+    wanted = {"stage": stage, **config_to_dict(config)}
+    if resolved.exists():
+        if getattr(config, "resume_from_checkpoint", "auto") is None:
+            raise StateError(
+                f"{folder}: resume_from_checkpoint is null (start fresh), but the folder already holds a run; "
+                "remove it or choose another output_dir"
+            )
+        found = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
+        names = sorted((set(found) | set(wanted)) - PRESENTATION_KEYS)
+        differing = [name for name in names if found.get(name) != wanted.get(name)]
+        if differing:
+            shown = "; ".join(f"{n}: {found.get(n)!r} there, {wanted.get(n)!r} here" for n in differing[:5])
+            raise StateError(
+                f"{folder} holds another run ({shown}); choose another output_dir, or remove the folder to start again"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(config, resolved, stage=stage)
+
+
+def mark_finished(output_dir: str | Path, fingerprint: str, **facts: Any) -> None:
+    """Write finished.json atomically: the last act of a stage."""
+    _write_atomically(Path(output_dir) / "finished.json", json.dumps({"fingerprint": fingerprint, **facts}, indent=1))
+
+
+def finished_fingerprint(output_dir: str | Path) -> str | None:
+    """The fingerprint of the finished run in this folder, or None."""
+    path = Path(output_dir) / "finished.json"
+    if not path.exists():
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8"))["fingerprint"])
+
+
+def rng_state() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, in types that torch.load(weights_only) takes."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put back what `rng_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save_checkpoint(
+    output_dir: str | Path, step: int, write_files: Callable[[Path], None], trainer: Mapping[str, Any], *, keep: int
+) -> Path:
+    """Write `checkpoint-<step>`, complete or not at all, then remove all but the newest `keep`.
+
+    Args:
+        write_files: writes the model (and whatever a stage adds) into the folder it is given.
+        trainer: the rest, saved as trainer.pt; only tensors and plain Python types.
+        keep: how many checkpoints stay; at least 2 lets a damaged one fall back on the one before.
+    """
+    final = Path(output_dir) / f"checkpoint-{step}"
+    partial = final.with_name(final.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    write_files(partial)
+    torch.save(dict(trainer), partial / "trainer.pt")
+    manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(partial.iterdir()) if p.is_file()}
+    _write_atomically(partial / "manifest.json", json.dumps({"step": step, "files": manifest}, indent=1))
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    for old in list_checkpoints(output_dir)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old)
+    return final
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders, oldest step first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if p.is_dir() and p.name.split("-")[-1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("-")[-1]))
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint this run continues from, or None to start at step 0.
+
+    "auto" takes the newest undamaged checkpoint of output_dir and says which ones it passed over; a path must be
+    sound itself.
+
+    Raises:
+        StateError: a checkpoint asked for by path is missing or damaged, or all checkpoints of the folder are damaged.
+    """
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None
+    if asked != "auto":
+        reason = damage_of(Path(asked))
+        if reason is not None:
+            raise StateError(f"resume_from_checkpoint {asked}: {reason}; use 'auto' for the newest sound one")
+        return Path(asked)
+    candidates = list_checkpoints(config.output_dir)
+    for checkpoint in reversed(candidates):
+        reason = damage_of(checkpoint)
+        if reason is None:
+            return checkpoint
+        log.warning("checkpoint %s is damaged (%s); using the one before", checkpoint, reason)
+    if candidates:
+        raise StateError(
+            f"{config.output_dir}: every checkpoint is damaged ({', '.join(p.name for p in candidates)}); "
+            "remove them to start again from step 0"
+        )
+    return None
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: every file must have the size and hash of its manifest."""
+    if not checkpoint.is_dir():
+        return "no such folder"
+    manifest = checkpoint / "manifest.json"
+    if not manifest.exists():
+        return "manifest.json is missing"
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError):
+        return "manifest.json cannot be read"
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
+        if _sha256(path) != digest:
+            return f"{name} does not match its hash"
+    return None
+
+
+def load_trainer(checkpoint: Path) -> dict[str, Any]:
+    """The trainer.pt of a sound checkpoint."""
+    loaded: dict[str, Any] = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    return loaded
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,5 @@
+"""The build reads pyproject.toml; compiled parts are declared here."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,23 @@
+"""How accurate is accurate enough: plain PyTorch's own error at the same dtype sets the budget."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_accurate(actual: Tensor, peer: Tensor, truth: Tensor, *, slack: float = 2.0, floor: float = 1e-6) -> None:
+    """`actual` may be at most `slack` times further from the float64 `truth` than `peer`, the same maths in plain PyTorch.
+
+    Distances are norms relative to the truth's norm (absolute where that is 0); `floor` is added to the budget.
+    """
+    assert actual.shape == peer.shape == truth.shape, f"shapes {actual.shape}, {peer.shape}, {truth.shape}"
+    assert actual.dtype == peer.dtype, f"dtypes {actual.dtype} and {peer.dtype}"
+    assert truth.dtype == torch.float64, f"the truth must be float64, is {truth.dtype}"
+    if truth.numel() == 0:
+        return
+    for name, value in (("actual", actual), ("peer", peer), ("truth", truth)):
+        assert torch.isfinite(value).all(), f"{name} holds values that are not finite"
+    size = truth.norm().item() or 1.0
+    ours, theirs = ((value.double() - truth).norm().item() / size for value in (actual, peer))
+    assert ours <= slack * theirs + floor, f"relative error {ours:.2e}, plain PyTorch has {theirs:.2e}"
