@@ -24,11 +24,11 @@ TRITON := $(shell grep '^triton==' constraints.txt)
 
 env: .venv/installed
 
-# A new interpreter is made only where there is none; a changed pin is installed into the existing one.
+# The environment is made only where there is none; a changed pin is installed into the existing one.
 .venv/installed: pyproject.toml setup.py constraints.txt
-	@test -x $(BIN)/python || test -n "$(PYTHON)" || \
+	@test -x $(BIN)/pip || test -n "$(PYTHON)" || \
 		{ echo "make: no Python 3.11 or newer found; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(INSTALL) --index-url $(TORCH_INDEX) $(TORCH))
 	$(INSTALL) --editable '.[train,report]'
 	touch $@

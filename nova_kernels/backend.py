@@ -47,7 +47,7 @@ def choose(op: str, requested: str | None, reasons: Mapping[str, str | None]) ->
         if (reason := reasons[requested]) is not None:
             raise BackendUnavailableError(f"{op}: backend {requested!r} cannot run: {reason}")
         return requested
-    skipped = []
+    skipped: list[str] = []
     for name, reason in reasons.items():
         if reason is None:
             _say_once(op, f"runs on backend {name!r}" + (f" ({'; '.join(skipped)})" if skipped else ""))

@@ -68,8 +68,15 @@ def check_head(
     if vocab_size is None:
         return vocabulary
     if not 0 < vocab_size <= vocabulary:
-        raise ValueError(f"{where}: vocab_size must lie between 1 and the {vocabulary} rows of weight, got {vocab_size}")
+        raise ValueError(
+            f"{where}: vocab_size must lie between 1 and the {vocabulary} rows of weight, got {vocab_size}"
+        )
     return vocab_size
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records an op on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:
@@ -174,7 +181,13 @@ class HeadGradients:
     """Gradients of hidden, weight and bias, gathered chunk by chunk; dW and db in the arithmetic's dtype."""
 
     def __init__(
-        self, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor | None, needed: tuple[bool, ...]
+        self,
+        head: Head,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        needed: tuple[bool, ...],
     ) -> None:
         self._head, self._rows = head, rows
         self._dtypes = (weight.dtype, None if bias is None else bias.dtype)

@@ -31,6 +31,7 @@ Conversation = Sequence[Mapping[str, str]]
 Encoded = tuple[np.ndarray, np.ndarray]  # ids int64 [T], mask bool [T], True = trained
 
 START, END = "<|im_start|>", "<|im_end|>"
+BATCH = 256  # texts per call of the tokenizer; its results are large objects, and few of them stay in the cache
 
 CHATML_TEMPLATE = """\
 {%- for message in messages -%}
@@ -200,7 +201,11 @@ class PlainText:
         return text
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._engine.encode_batch_fast(texts, add_special_tokens=False)]
+        ids: list[list[int]] = []
+        for first in range(0, len(texts), BATCH):
+            batch = self._engine.encode_batch_fast(texts[first : first + BATCH], add_special_tokens=False)
+            ids += [encoding.ids for encoding in batch]
+        return ids
 
     def _broken_up(self, text: str) -> list[int]:
         """Some vocabularies hold special tokens as ordinary words: look-alikes are tokenised in two halves."""

@@ -35,12 +35,13 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Keys that every training stage shares. A subclass with checks of its own calls `TrainConfig.__post_init__(self)`."""
+    """Keys that every training stage shares. A subclass with a check of its own calls `TrainConfig.__post_init__`."""
 
     output_dir: str  # results, checkpoints and metrics
     model_name_or_path: str | None = None  # folder or Hugging Face name; None: the stage builds its default model
     dataset_name: list[str]  # JSONL, .jsonl.gz or Parquet files, or Hugging Face data set names
     eval_dataset_name: list[str] = field(default_factory=list)  # held-out data of the same form
+    dataset_columns: dict[str, str] = field(default_factory=dict)  # our column name -> theirs, or a text with {theirs}
     on_bad_row: Literal["error", "skip"] = "error"
     max_length: int  # tokens per sample, and per pack
     overlong: Literal["error", "truncate", "drop"] = "error"  # a sample longer than max_length
@@ -149,7 +150,7 @@ def build_config(cls: type[ConfigT], values: Mapping[str, object], *, where: str
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: {unknown_key(key, list(fields), stage_name(cls))}")
+            raise ConfigError(f"{where}: {unknown_name('key', key, list(fields))}")
     coerced = {key: _coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     missing = [
         name
@@ -245,11 +246,11 @@ def stage_name(cls: type) -> str:
     return cls.__name__.removesuffix("Config").lower()
 
 
-def unknown_key(key: str, known: Sequence[str], owner: str) -> str:
-    """The message for a key that `owner` does not have, with a suggestion where one is near."""
-    if near := difflib.get_close_matches(key, known, n=1):
-        return f"unknown key {key!r}; did you mean {near[0]!r}?"
-    return f"unknown key {key!r}; the keys of {owner} are {', '.join(known)}"
+def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
+    """The message for a name (a key, a stage, a command) that does not exist, with a suggestion where one is near."""
+    if near := difflib.get_close_matches(name, known, n=1):
+        return f"unknown {what} {name!r}; did you mean {near[0]!r}?"
+    return f"unknown {what} {name!r}; expected one of {', '.join(known)}"
 
 
 class _RecipeLoader(yaml.SafeLoader):
@@ -307,8 +308,8 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         return coerced if origin is list else tuple(coerced)
     if origin is dict or hint is dict:
         parsed = _parse_text(value, where) if isinstance(value, str) else value
-        if not isinstance(parsed, dict):
-            raise _wrong(value, "a mapping", where)
+        if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):
+            raise _wrong(value, "a mapping with text as keys", where)
         inner = arguments[1] if arguments else Any
         return {key: _coerce(item, inner, f"{where}.{key}") for key, item in parsed.items()}
     if hint is bool:

@@ -133,8 +133,8 @@ def _json_rows(name: str, bad: BadRows) -> Iterator[tuple[str, dict[str, Any]]]:
 def _parse(raw: bytes, place: str, *, first: bool) -> dict[str, Any] | None:
     """One line as a mapping, None for a blank one."""
     try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
-        if not text.strip():
+        text = raw.decode("utf-8-sig" if first else "utf-8").rstrip()
+        if not text:
             return None
         value = json.loads(text)
     except UnicodeDecodeError as error:
@@ -147,7 +147,7 @@ def _parse(raw: bytes, place: str, *, first: bool) -> dict[str, Any] | None:
         )
         hint = "a JSON array is not JSON Lines: write one row per line" if first and text.lstrip()[:1] == "[" else None
         raise DataError(
-            f"{place}: malformed JSON row: {what}, in {reprlib.repr(text.rstrip())}; "
+            f"{place}: malformed JSON row: {what}, in {reprlib.repr(text)}; "
             f"{hint or 'fix the line or set on_bad_row: skip'}"
         ) from None
     if not isinstance(value, dict):

@@ -1,6 +1,7 @@
 """What a model scores on held-out prompts, with 95 % confidence intervals.
 
-    mean = sum_i w_i x_i,    var(mean) = sum_strata G/(G-1) sum_clusters ( sum_{i in cluster} w_i (x_i - mean_stratum) )^2
+    mean      = sum_i w_i x_i
+    var(mean) = sum_strata G/(G-1) sum_clusters ( sum_{i in cluster} w_i (x_i - mean of the stratum) )^2
 
     over prompts        w_i = 1/n, one stratum
     over categories     w_i = 1/(C n_c), one stratum per category: the mean of the category means, with its own interval
@@ -8,7 +9,7 @@
     pooled over seeds   one cluster per prompt: several measurements of one prompt are not independent
 
 G is the number of clusters in a stratum; with one measurement per prompt this is the usual interval of a mean. The
-intervals hold for the prompts: they say nothing of how another training run would come out (pool several seeds for that).
+intervals hold for the prompts: they say nothing of how another training run would come out (pool several seeds).
 """
 
 from __future__ import annotations
@@ -121,6 +122,11 @@ class Evaluation:
 def temperature_name(temperature: float) -> str:
     """A temperature as a key of results: 1.0 -> "1", 0.7 -> "0.7", 0.0 -> "0"."""
     return f"{temperature:g}"
+
+
+def sampling_label(temperature: str) -> str:
+    """A key of results for people: "0.7" -> "T = 0.7", "0" -> "greedy"."""
+    return "greedy" if temperature == "0" else f"T = {temperature}"
 
 
 def evaluate_model(
@@ -263,6 +269,21 @@ def score_pairs(model: Any, pairs: Sequence[Pair], *, batch_size: int = 64) -> P
         accuracy=estimate((np.sign(chosen - rejected) + 1) / 2),
         correlation=rank_correlation(*zip(*known, strict=True)) if len(known) > 3 else None,
     )
+
+
+def calibration(margins: Sequence[float] | np.ndarray, *, bins: int = 10) -> list[tuple[float, float, int]]:
+    """Pairs in bins of |margin|, equally full: (predicted accuracy, observed accuracy, pairs) of each.
+
+    A Bradley-Terry model says that the higher score of a pair is the chosen one's with probability sigmoid(|margin|);
+    observed is how often it is.
+    """
+    values = np.asarray(margins, dtype=np.float64)
+    ordered = values[np.argsort(np.abs(values), kind="stable")]
+    parts = [part for part in np.array_split(ordered, min(bins, max(len(ordered) // 10, 1))) if len(part)]
+    return [
+        (float((1 / (1 + np.exp(-np.abs(part)))).mean()), float(((np.sign(part) + 1) / 2).mean()), len(part))
+        for part in parts
+    ]
 
 
 def _per_prompt(values: Tensor, samples: int) -> list[float]:

@@ -1,7 +1,7 @@
 """Optimisers and the learning-rate schedule.
 
-AdamW on everything, or Muon (orthogonalised momentum, torch.optim.Muon) on the 2-D weights of the decoder layers with
-AdamW for embeddings, heads, norms and biases. Weight decay applies to weights of two or more dimensions only.
+AdamW on everything, or Muon (nova_train/muon.py) on the 2-D weights of the decoder layers with AdamW for embeddings,
+heads, norms and biases. Weight decay applies to weights of two or more dimensions only.
 
     rate(step) = peak * warmup(step) * decay(step)
     warmup     = min(1, (step + 1) / warmup_steps)
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from nova_train.config import ConfigError, TrainConfig
+from nova_train.muon import Muon
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -59,7 +60,7 @@ class Optimizers:
         ]
         if muon_names and config.muon_learning_rate is not None:
             weights = [p for name, p in named if name in muon_names]
-            muon = torch.optim.Muon(weights, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+            muon = Muon(weights, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
             self._members.append((muon, config.muon_learning_rate))
 
     def step(self, factor: float) -> None:

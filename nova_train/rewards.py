@@ -1,7 +1,7 @@
 """Scores of answers: reward functions with TRL's signature, and a learned reward model read at the last token.
 
 A reward function is `f(prompts, completions, completion_ids=..., **columns) -> list[float | None]`: standard prompts
-come as texts with texts for completions, conversational ones as messages with `[{"role": "assistant", "content": ...}]`;
+come as texts with texts for completions, conversational ones as messages with `[{"role": "assistant", "content": ..}]`;
 each further column of the data is a list of the same length; None means "not scored". The same file works in TRL.
 
 A reward model's score is the head's output at the last token of prompt + answer, found by length, never by looking for
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,7 +90,7 @@ def call_reward_functions(
         )
     if not prompts:
         return {reward.name: torch.zeros(0, dtype=torch.float64) for reward in rewards}
-    arguments = {
+    arguments: dict[str, list[Any]] = {
         "prompts": [prompt.prompt for prompt in prompts],
         "completions": [_as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)],
         "completion_ids": [list(ids) for ids in completion_ids],
@@ -123,7 +124,7 @@ def total_rewards(scores: Mapping[str, Tensor], weights: Sequence[float] | None 
 
 @torch.no_grad()
 def score_sequences(
-    model: nn.Module, sequences: Sequence[Sequence[int]], *, tokens_per_batch: int = TOKENS_PER_BATCH
+    model: nn.Module, sequences: Sequence[Sequence[int] | np.ndarray], *, tokens_per_batch: int = TOKENS_PER_BATCH
 ) -> Tensor:
     """The reward model's score of each sequence (prompt and answer), fp32 [n] on the CPU, in the order given.
 
@@ -136,8 +137,8 @@ def score_sequences(
     outputs = getattr(getattr(model, "score", None), "out_features", None)
     if outputs != 1:
         raise RewardError(
-            f"score_sequences: expected an AutoModelForSequenceClassification with num_labels=1 and a head named score, "
-            f"got {type(model).__name__} with {'no such head' if outputs is None else f'{outputs} outputs'}"
+            f"score_sequences: expected an AutoModelForSequenceClassification with num_labels=1 and a head named "
+            f"score, got {type(model).__name__} with {'no such head' if outputs is None else f'{outputs} outputs'}"
         )
     scores = torch.zeros(len(sequences))
     was_training = model.training
@@ -161,7 +162,7 @@ def last_token_rewards(model: Any, hidden: Tensor, packed: PackedBatch) -> Tenso
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """What a policy is rewarded by: a reward model (first, if there is one) and reward functions, each with a weight."""
+    """What a policy is rewarded by: a reward model (first, if there is one) and reward functions, with weights."""
 
     chat: Chat
     model: nn.Module | None
@@ -257,7 +258,7 @@ def _load_module(place: str, spec: str) -> Any:
         return importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise RewardError(
-            f"reward_funcs: {spec!r}: {error}; give a module on the Python path, or a file as 'path/to/file.py:function'"
+            f"reward_funcs: {spec!r}: {error}; give a module on the Python path, or 'path/to/file.py:function'"
         ) from error
 
 
@@ -286,6 +287,7 @@ def _call(reward: NamedReward, arguments: Mapping[str, list[Any]], count: int) -
 
 
 def _as_score(value: Any, name: str, index: int) -> float:
+    value = value.item() if isinstance(value, Tensor) and value.ndim == 0 else value
     if value is None:
         return math.nan
     if not isinstance(value, numbers.Real) or not math.isfinite(value):

@@ -128,10 +128,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor, temperatures: Tensor, top_p: f
     if top_p < 1:
         probabilities = _nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1]
-    # u * total can round up to total, and nothing lies above that.
-    target = torch.minimum(uniforms * total, torch.nextafter(total, torch.zeros_like(total)))
-    drawn = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+    # u <= 1 - 2^-53, so u * total rounds to less than total: some entry lies above it.
+    target = uniforms[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return torch.where(greedy, best, drawn)
 
 
@@ -144,9 +143,7 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """fp64 [rows, count] in [0, 1); a longer request begins with the numbers of a shorter one."""
-    rows = [
-        torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds
-    ]
+    rows = [torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
     return torch.stack(rows)
 
 

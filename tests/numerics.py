@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def assert_as_accurate(actual: Tensor, peer: Tensor, truth: Tensor, *, slack: float = 2.0, floor: float = 1e-6) -> None:
-    """`actual` may be at most `slack` times further from the float64 `truth` than `peer`, the same maths in plain PyTorch.
+    """`actual` may be at most `slack` times further from the float64 `truth` than `peer`.
 
+    `peer` is the same maths in plain PyTorch, in the dtype of `actual`.
     Distances are norms relative to the truth's norm (absolute where that is 0); `floor` is added to the budget.
     """
     assert actual.shape == peer.shape == truth.shape, f"shapes {actual.shape}, {peer.shape}, {truth.shape}"

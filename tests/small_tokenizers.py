@@ -8,10 +8,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
-TEXTS = [
-    "user\n", "assistant\n", "system\n", "tool\n", "What is two and two?", "The answer is four.", "Sort the letters of nova.",
-    "日本語の文", "naïve café", "line one\nline two\n\nline four", "  indented", "[INST] go [/INST]",
-]  # fmt: skip
+TEXTS = ["user\n", "assistant\n", "system\n", "tool\n", "What is two and two?", "The answer is four."]
+TEXTS += [
+    "Sort the letters of nova.",
+    "日本語の文",
+    "naïve café",
+    "one\ntwo\n\nthree",
+    "  indented",
+    "[INST] go [/INST]",
+]
 
 
 def byte_level(template: str | None = None, *, bos: bool = False) -> Any:
@@ -20,7 +25,10 @@ def byte_level(template: str | None = None, *, bos: bool = False) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     if bos:

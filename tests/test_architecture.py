@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import house_rules as rules
 import pytest
+
+import house_rules as rules
 from house import House
 
 ROOT = Path(__file__).parent.parent

@@ -56,7 +56,9 @@ def test_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             choose("op", None, REASONS)
         choose("other", None, REASONS)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == [f"{op}: runs on backend 'chunked' (not 'cuda': the tensors are on the CPU)" for op in ("op", "other")]
+    assert lines == [
+        f"{op}: runs on backend 'chunked' (not 'cuda': the tensors are on the CPU)" for op in ("op", "other")
+    ]
 
 
 def test_silent_while_compiling(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

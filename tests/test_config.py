@@ -90,7 +90,8 @@ def test_values_are_read_by_their_type_hint(key: str, given_value: object, expec
         ("names", {"a": 1}, "names: expected a list"),
         ("names", "[a", "names: not valid YAML"),
         ("table", {"a": "b"}, r"table\.a: expected a whole number, got 'b'"),
-        ("table", 3, "table: expected a mapping, got 3"),
+        ("table", 3, "table: expected a mapping with text as keys, got 3"),
+        ("table", {1: 1}, "table: expected a mapping with text as keys"),
         ("output_dir", 7, "output_dir: expected text .*, got 7"),
         ("output_dir", None, "output_dir: expected text"),
     ],
@@ -103,7 +104,7 @@ def test_a_wrong_value_is_refused_by_name(key: str, value: object, message: str)
 def test_an_unknown_key_is_refused_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="unknown key 'learning_rte'; did you mean 'learning_rate'"):
         train(learning_rte=1.0)
-    with pytest.raises(ConfigError, match="unknown key 'zzz'; the keys of toy are output_dir, rate"):
+    with pytest.raises(ConfigError, match="unknown key 'zzz'; expected one of output_dir, rate"):
         toy(zzz=1)
 
 

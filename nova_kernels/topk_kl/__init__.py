@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nova_kernels import lm_head
 from nova_kernels.backend import choose
-from nova_kernels.topk_kl import dense, reference, threshold
+from nova_kernels.topk_kl import reference, threshold
 from nova_kernels.topk_kl.entries import TopK, check_divergence, check_k, check_lse_temperature, check_temperature
+from nova_kernels.topk_kl.linear import linear_topk_kl_div, linear_topk_select
 from nova_kernels.topk_kl.selection import select_blocks
 
 __all__ = [
@@ -70,39 +70,6 @@ def topk_select(
     return select_blocks(logits, k, temperature=temperature, select=select)
 
 
-def linear_topk_select(
-    hidden: Tensor,
-    weight: Tensor,
-    k: int = 500,
-    *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    mask: Tensor | None = None,
-    backend: str | None = None,
-) -> TopK:
-    """topk_select of the logits of hidden [N, H] under a head weight [V, H], never holding [N, V]; no gradient.
-
-    Rows where `mask` bool [N] is False are skipped (ids -1, values and lse -inf). With the same rows left in, other
-    linear ops see these very logits, to the bit. Backends: dense (chunked), reference.
-    """
-    where = "linear_topk_select"
-    vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size)
-    check_temperature(where, temperature)
-    check_k(where, k, vocabulary)
-    lm_head.check_mask(where, mask, hidden)
-    rows = None if mask is None else lm_head.kept_rows(mask)
-    hidden = hidden.detach()
-    if choose(where, backend, {"dense": None, "reference": None}) == "dense":
-        head = lm_head.Head.prepare(hidden, weight, bias, softcap, vocab_size)
-        return dense.linear_topk_select(hidden, head, k, temperature=temperature, rows=rows)
-    with torch.no_grad():
-        logits = lm_head.dense_logits(hidden, weight, bias, softcap, vocab_size)
-    top = select_blocks(logits, k, temperature=temperature, select=reference.topk_select)
-    return top if mask is None else top.where(mask)
-
-
 def topk_kl_div(
     policy_logits: Tensor,
     ref: TopK,
@@ -123,54 +90,29 @@ def topk_kl_div(
     check_divergence(where, ref, torch.Size(shape), vocabulary, temperature, direction, tail, mask)
     choose(where, backend, {"reference": None})
     flat, kept = ref.reshape(-1), None if mask is None else mask.reshape(-1)
-    options = {"temperature": temperature, "direction": direction, "tail": tail}
     logits = policy_logits.reshape(-1, vocabulary)
-    return reference.topk_kl_div(logits, flat.ids, flat.values, flat.lse, **options, mask=kept).reshape(shape)
+    kl = reference.topk_kl_div(logits, flat.ids, flat.values, flat.lse, temperature, direction, tail, kept)
+    return kl.reshape(shape)
 
 
-def topk_kl_div_from_logits(policy_logits: Tensor, ref_logits: Tensor, k: int = 500, **options: Any) -> Tensor:
-    """topk_select of ref_logits [..., V], then topk_kl_div; options are those of topk_kl_div."""
-    if ref_logits.requires_grad:
-        raise ValueError("topk_kl_div_from_logits: ref_logits requires grad, but no gradient flows to it; detach it")
-    ref = topk_select(ref_logits, k, temperature=options.get("temperature", 1.0))
-    return topk_kl_div(policy_logits, ref, **options)
-
-
-def linear_topk_kl_div(
-    hidden: Tensor,
-    weight: Tensor,
-    ref: TopK,
+def topk_kl_div_from_logits(
+    policy_logits: Tensor,
+    ref_logits: Tensor,
+    k: int = 500,
     *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    vocab_size: int | None = None,
     temperature: float = 1.0,
     direction: str = "policy_ref",
     tail: str = "none",
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """topk_kl_div of the logits of hidden [N, H] under a head weight [V, H] -> [N], never holding [N, V].
-
-    Gradients to hidden, weight and bias. Rows where `mask` bool [N] is False cost nothing. Backends: dense (chunked),
-    reference. Raises as topk_kl_div does.
-    """
-    where = "linear_topk_kl_div"
-    vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size)
-    check_divergence(where, ref, hidden.shape[:1], vocabulary, temperature, direction, tail, mask)
-    if choose(where, backend, {"dense": None, "reference": None}) == "reference":
-        logits = lm_head.dense_logits(hidden, weight, bias, softcap, vocab_size)
-        options = {"temperature": temperature, "direction": direction, "tail": tail}
-        return reference.topk_kl_div(logits, ref.ids, ref.values, ref.lse, **options, mask=mask)
-    asked = dense.KLOptions(
-        ref=ref,
-        temperature=temperature,
-        direction=direction,
-        tail=tail,
-        rows=None if mask is None else lm_head.kept_rows(mask),
-        gradient=lm_head.wants_gradient(hidden, weight, bias),
+    """topk_select of ref_logits [..., V], then topk_kl_div with the same options. Backend: reference."""
+    if ref_logits.requires_grad:
+        raise ValueError("topk_kl_div_from_logits: ref_logits requires grad, but no gradient flows to it; detach it")
+    ref = topk_select(ref_logits, k, temperature=temperature, backend=backend)
+    return topk_kl_div(
+        policy_logits, ref, temperature=temperature, direction=direction, tail=tail, mask=mask, backend=backend
     )
-    return dense.linear_topk_kl_div(hidden, weight, bias, softcap=softcap, vocab_size=vocab_size, options=asked)
 
 
 @torch.no_grad()
@@ -180,6 +122,9 @@ def topk_kl_metrics(policy_logits: Tensor, ref: TopK, *, temperature: float = 1.
     *shape, vocabulary = policy_logits.shape
     check_divergence(where, ref, torch.Size(shape), vocabulary, temperature, "policy_ref", "none")
     check_lse_temperature(where, ref, temperature)
-    own = topk_select(policy_logits, ref.k, temperature=temperature)
-    policy_mass, ref_mass = reference.masses(policy_logits, own.lse, ref.ids, ref.values, ref.lse, temperature)
-    return TopKMetrics(policy_mass, ref_mass, reference.overlap(own.ids, ref.ids))
+    own, flat = topk_select(policy_logits, ref.k, temperature=temperature).reshape(-1), ref.reshape(-1)
+    kept = reference.kept_logits(policy_logits.reshape(-1, vocabulary), flat.ids)
+    policy_mass = reference.mass(kept, own.lse, temperature)
+    ref_mass = reference.mass(flat.values, flat.lse, temperature)
+    overlap = reference.overlap(own.ids, flat.ids, vocabulary).to(own.lse.dtype)
+    return TopKMetrics(policy_mass.reshape(shape), ref_mass.reshape(shape), overlap.reshape(shape))

@@ -11,7 +11,7 @@ W and h. With a bucket it computes the chunk's logits again. A softcap's slope 1
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,33 +51,47 @@ class KLOptions:
     direction: str
     tail: str
     rows: Tensor | None  # int64 [n], the rows that count; None: all
+    padded: bool  # whether these rows may have unused slots
     gradient: bool  # keep what the backward needs
 
     def ids(self, part: slice) -> Tensor:
         """A chunk's ids int64 [n, K], safe to gather and scatter at: 0 in unused slots."""
-        return lm_head.take(self.ref.ids, self.rows, part).clamp(min=0).long()
+        ids = lm_head.take(self.ref.ids, self.rows, part).long()
+        return ids.clamp_(min=0) if self.padded else ids
 
 
-def chunk_kl(
-    kept: Tensor, part: slice, lse: Tensor | None, head: Head, options: KLOptions
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """KL [n] of a chunk, its derivatives by the logits before the softcap at the kept ids [n, K] and by `lse` [n].
+def may_be_padded(ref: TopK, rows: Tensor | None) -> bool:
+    """Whether the rows that count have unused slots; off the CPU always yes, so as not to wait for the answer."""
+    last = lm_head.take(ref.ids[:, -1], rows, slice(None))
+    return last.device.type != "cpu" or bool((last < 0).any())
 
-    `kept` [n, K] are the policy's raw logits at `options.ids(part)`, `lse` their log-sum-exp at the temperature (for
-    a tail bucket, else None).
+
+class ChunkKL(NamedTuple):
+    """KL of a chunk's rows, and its derivatives where asked for."""
+
+    kl: Tensor  # [n]
+    policy: Tensor  # [n, K], the policy's kept logits over the temperature; -inf in unused slots
+    by_kept: Tensor | None  # [n, K], by the kept logits before softcap and temperature
+    by_lse: Tensor | None  # [n], by the policy's log-sum-exp
+
+
+def chunk_kl(kept: Tensor, part: slice, lse: Tensor | None, head: Head, options: KLOptions) -> ChunkKL:
+    """KL of one chunk from the policy's raw logits [n, K] at `options.ids(part)`.
+
+    `lse` [n] is their log-sum-exp over the vocabulary at the temperature, or None if the tail is no bucket.
     """
-    ref, rows = options.ref, options.rows
-    slope = head.softcap_slope(kept)
-    unused = lm_head.take(ref.ids, rows, part) < 0
+    ref, rows, temperature = options.ref, options.rows, options.temperature
+    values = lm_head.take(ref.values, rows, part).to(kept.dtype)
+    ref_lse = None if lse is None else lm_head.take(ref.lse, rows, part).to(kept.dtype)
+    policy = kept.masked_fill(values == -torch.inf, -torch.inf) if options.padded else kept
+    if temperature != 1.0:
+        policy, values = policy / temperature, values / temperature
     kl, by_kept, by_lse = reference.kl_terms(
-        kept.masked_fill(unused, -torch.inf).div_(options.temperature),
-        lm_head.take(ref.values, rows, part).to(kept.dtype) / options.temperature,
-        options.direction,
-        lse,
-        None if lse is None else lm_head.take(ref.lse, rows, part).to(kept.dtype),
-        options.gradient,
+        policy, values, options.direction, lse, ref_lse, padded=options.padded, gradient=options.gradient
     )
-    return kl, None if by_kept is None else by_kept.mul_(slope / options.temperature), by_lse
+    if by_kept is not None and (temperature != 1.0 or head.softcap is not None):
+        by_kept.mul_(head.softcap_slope(kept) / temperature)
+    return ChunkKL(kl, policy, by_kept, by_lse)
 
 
 def linear_topk_kl_div(
@@ -96,7 +110,7 @@ def linear_topk_kl_div(
 
 class _LinearKL(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
@@ -119,16 +133,17 @@ class _LinearKL(torch.autograd.Function):
                 if exponentials is not None:
                     maximum, total = lm_head.log_normalizer_(logits, options.temperature, exponentials[: len(logits)])
                     lse = maximum + total.log()
-                kl[part], by_kept, by_lse = chunk_kl(kept, part, lse, head, options)
+                terms = chunk_kl(kept, part, lse, head, options)
+                kl[part] = terms.kl
                 if options.gradient:
-                    saved += (by_kept, by_lse, maximum, total)
+                    saved += (terms.by_kept, terms.by_lse, maximum, total)
         ctx.save_for_backward(hidden, weight, bias, *saved)
         ctx.softcap, ctx.vocab_size, ctx.options = softcap, vocab_size, options
         return lm_head.spread(kl, options.rows, hidden.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *saved = ctx.saved_tensors
         options: KLOptions = ctx.options
         head = Head.prepare(hidden, weight, bias, ctx.softcap, ctx.vocab_size)

@@ -49,6 +49,15 @@ class TopK:
             temperature=self.temperature,
         )
 
+    def where(self, mask: Tensor) -> TopK:
+        """All slots unused in the rows where `mask` bool [...] is False."""
+        return TopK(
+            ids=self.ids.where(mask.unsqueeze(-1), -1),
+            values=self.values.where(mask.unsqueeze(-1), -torch.inf),
+            lse=self.lse.where(mask, -torch.inf),
+            temperature=self.temperature,
+        )
+
     def to(self, device: torch.device | str) -> TopK:
         return TopK(
             ids=self.ids.to(device),
@@ -91,9 +100,13 @@ def check_divergence(
     if ref.lse.shape != rows:
         raise ValueError(f"{where}: expected a reference with rows {list(rows)}, got {list(ref.lse.shape)}")
     check_k(where, ref.k, vocabulary)
+    check_mask(where, mask, rows)
+    check_ids(where, ref, vocabulary)
+
+
+def check_mask(where: str, mask: Tensor | None, rows: torch.Size) -> None:
     if mask is not None and (mask.shape != rows or mask.dtype != torch.bool):
         raise ValueError(f"{where}: expected mask bool {list(rows)}, got {mask.dtype} {list(mask.shape)}")
-    check_ids(where, ref, vocabulary)
 
 
 def check_lse_temperature(where: str, ref: TopK, temperature: float) -> None:

@@ -10,8 +10,9 @@ Over S = the reference's top-K ids, with z the policy's and v the reference's lo
 sum_S (r - p) = 0, so these are the usual sums; each term is >= 0 and is computed so that it is >= 0 in floating point:
 p d + r - p = p (d + exp(-d) - 1), by its series for small |d|. It is 0 where d = 0.
 
-tail="bucket" adds one entry, the mass outside S: p and r are then softmaxes over the whole vocabulary (log-sum-exps L and
-L_ref), the bucket holds p_t = 1 - sum_S p and r_t = 1 - sum_S r, floored at the dtype's epsilon (below it: rounding noise), and
+tail="bucket" adds one entry, the mass outside S: p and r are then softmaxes over the whole vocabulary (log-sum-exps L
+and L_ref), the bucket holds p_t = 1 - sum_S p and r_t = 1 - sum_S r, floored at the dtype's epsilon (below it is
+rounding noise), and
 
     policy_ref   dKL/dz_k = p_k (d_k - d_t)          dKL/dL = d_t - KL
     ref_policy   dKL/dz_k = p_k r_t / p_t - r_k      dKL/dL = 1 - r_t / p_t        (dL/dz = softmax over the vocabulary)
@@ -53,6 +54,8 @@ def kl_terms(
     direction: str,
     policy_lse: Tensor | None = None,
     ref_lse: Tensor | None = None,
+    *,
+    padded: bool = True,
     gradient: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """KL of each row, and its derivatives.
@@ -61,6 +64,7 @@ def kl_terms(
         policy, ref: logits [n, K] at the kept ids, over the temperature; -inf in both where a slot is unused.
         direction: "policy_ref" or "ref_policy".
         policy_lse, ref_lse: log-sum-exps [n] over the vocabulary; given both, the tail is a bucket.
+        padded: whether there may be unused slots.
         gradient: False leaves the derivatives out.
 
     Returns:
@@ -71,7 +75,9 @@ def kl_terms(
     else:
         log_p, log_r = _with_tail(policy, policy_lse), _with_tail(ref, ref_lse)
     p, r = log_p.exp(), log_r.exp()
-    d = torch.where(log_r == -torch.inf, 0.0, log_p - log_r)  # unused slots: -inf - -inf
+    d = log_p - log_r
+    if padded:
+        d.masked_fill_(log_r == -torch.inf, 0.0)  # it was -inf - -inf
     if direction == "policy_ref":
         d.clamp_(min=torch.finfo(d.dtype).min)  # p = 0 at log p = -inf: its term is r, its gradient 0
         kl = _divergence(p, r, d).sum(dim=-1)
@@ -112,7 +118,7 @@ class _KL(torch.autograd.Function):
     """KL [n] of policy logits [n, K], through the derivatives above; none flows to the reference."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, policy: Tensor, policy_lse: Tensor | None, ref: Tensor, ref_lse: Tensor | None, direction: str
     ) -> Tensor:
         kl, by_policy, by_lse = kl_terms(policy, ref, direction, policy_lse, ref_lse)
@@ -121,7 +127,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         by_policy, by_lse = ctx.saved_tensors
         return upstream.unsqueeze(1) * by_policy, None if by_lse is None else upstream * by_lse, None, None, None
 
@@ -131,7 +137,6 @@ def topk_kl_div(
     ids: Tensor,
     values: Tensor,
     lse: Tensor,
-    *,
     temperature: float,
     direction: str,
     tail: str,
@@ -139,8 +144,7 @@ def topk_kl_div(
 ) -> Tensor:
     """KL [N] of policy logits [N, V] and a reference's ids, values [N, K], lse [N]; 0 where `mask` [N] is False."""
     if mask is not None and not bool(mask.all()):
-        options = {"temperature": temperature, "direction": direction, "tail": tail}
-        kept = topk_kl_div(logits[mask], ids[mask], values[mask], lse[mask], **options, mask=None)  # type: ignore[arg-type]
+        kept = topk_kl_div(logits[mask], ids[mask], values[mask], lse[mask], temperature, direction, tail, None)
         return kept.new_zeros(mask.shape).index_put((mask,), kept)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     policy = kept_logits(logits, ids).to(dtype) / temperature
@@ -148,3 +152,18 @@ def topk_kl_div(
     ref_lse = lse.to(dtype) if tail == "bucket" else None
     kl: Tensor = _KL.apply(policy, policy_lse, values.to(dtype) / temperature, ref_lse, direction)
     return kl
+
+
+def mass(kept: Tensor, lse: Tensor, temperature: float) -> Tensor:
+    """Probability [n] of the kept raw logits [n, K], given the log-sum-exp [n] at this temperature."""
+    dtype = torch.promote_types(kept.dtype, torch.float32)
+    return ((kept.to(dtype) / temperature).logsumexp(dim=-1) - lse).exp()
+
+
+def overlap(ids: Tensor, ref_ids: Tensor, vocabulary: int) -> Tensor:
+    """Share [n] of the used slots of `ref_ids` [n, K] whose id is in `ids` [n, K]; both ascending, -1 last."""
+    used = ref_ids >= 0
+    ascending = ids.masked_fill(ids < 0, vocabulary)
+    place = torch.searchsorted(ascending, ref_ids.clamp(min=0)).clamp_(max=ids.shape[1] - 1)
+    found = (ascending.gather(1, place) == ref_ids) & used
+    return found.sum(dim=1) / used.sum(dim=1)

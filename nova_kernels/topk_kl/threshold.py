@@ -21,20 +21,18 @@ from nova_kernels.topk_kl import reference
 
 def topk_select(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """ids int32 [n, K] ascending (-1 unused) and values [n, K] of logits float32 or float64 [n, V]; see reference."""
-    num_rows, vocabulary = logits.shape
     threshold = _kth_largest(logits, k)
     ids = _positions(logits >= threshold, k)
     if ids is not None and bool((threshold > -torch.inf).all()):
         return ids.int(), logits.gather(1, ids)
-    bad = torch.isnan(logits).any(dim=1, keepdim=True)
     keep = _with_ties(logits, threshold, k)
-    ids = logits.new_full((num_rows, k), -1, dtype=torch.int32)
+    ids = logits.new_full((len(logits), k), -1, dtype=torch.int32)
     row, column = keep.nonzero(as_tuple=True)
     ids[row, (keep.cumsum(dim=1, dtype=torch.int32) - 1)[row, column].long()] = column.int()
     values = reference.kept_logits(logits, ids)
-    if bool(bad.any()):
-        rows = bad.squeeze(1)
-        ids[rows], values[rows] = reference.topk_select(logits[rows], k)
+    not_a_number = logits.isnan().any(dim=1)
+    if bool(not_a_number.any()):
+        ids[not_a_number], values[not_a_number] = reference.topk_select(logits[not_a_number], k)
     return ids, values
 
 

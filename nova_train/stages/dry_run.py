@@ -1,21 +1,18 @@
-"""What a training run would need, before it starts: the resolved keys, the data in tokens, the memory in bytes.
+"""What a training run would need, before it starts: its resolved keys, its data in tokens, its memory in bytes.
 
-Memory, with P trained parameters of b bytes, P2 of them under Muon, and F frozen parameters (GRPO's reference and
-reward model):
+With P trained parameters of b bytes, M of them under Muon, and F frozen ones (GRPO's reference, a reward model):
 
-    weights            (P + F) b
-    gradients          P b
-    AdamW moments      2 (P - P2) b
-    Muon momentum      P2 b
-    logits chunk       2 * 4 * min(tokens * V, chunk elements)     logits and their gradient in fp32
+    weights          (P + F) b
+    gradients        P b
+    optimiser        2 (P - M) b + M b                        AdamW keeps two moments, Muon one
+    logits chunk     2 * 4 * min(tokens * V, chunk limit)     logits and their gradient in fp32
 
-Activations are not counted: they depend on `segments` and on the attention backend.
+Activations come on top: they depend on `segments` and on the attention backend.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +20,10 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from nova_train.config import ConfigError, TrainConfig, config_to_dict
-from nova_train.optim import muon_names
+from nova_train.config import TrainConfig, config_to_dict
+from nova_train.optim import _muon_names
 
-_CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+_CHUNK_LIMIT = {"cpu": 2**22, "cuda": 2**27}  # logits held at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,67 +35,64 @@ class MemoryPart:
     formula: str
 
 
-def resolved_text(config: object) -> str:
-    """The resolved keys as a recipe."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=120)
+def describe(stage: str, config: Any) -> str:
+    """The resolved keys as a recipe; for a stage that trains, the data and the memory as well."""
+    keys = yaml.safe_dump({"stage": stage, **config_to_dict(config)}, sort_keys=False, allow_unicode=True, width=120)
+    if not isinstance(config, TrainConfig):
+        return keys.rstrip()
+    return "\n".join([keys, memory_text(estimate_memory(config, stage))])
 
 
-def estimate_memory(config: TrainConfig, *, reward_head: bool = False) -> list[MemoryPart]:
-    """Bytes by the formulas above; reads the models' config files, loads no weights.
-
-    Args:
-        reward_head: the trained model is a sequence classifier with one output instead of a causal LM.
-    """
-    path = _required_path(config)
-    model = _empty_model(path, reward_head=reward_head)
-    trained = _count(model)
-    under_muon = 0
+def estimate_memory(config: TrainConfig, stage: str) -> list[MemoryPart]:
+    """Bytes by the formulas above, from the models' config files; no weights are loaded."""
+    model = _without_memory(str(config.model_name_or_path), reward_head=stage == "reward")
+    trained, size = _count(model), getattr(torch, config.dtype).itemsize
+    frozen = trained if stage == "grpo" else 0
+    if judge := getattr(config, "reward_model", None):
+        frozen += _count(_without_memory(judge, reward_head=True))
+    muon = 0
     if config.optim == "muon":
-        names = muon_names(model)
-        under_muon = sum(p.numel() for name, p in model.named_parameters() if name in names)
-    frozen = 0
-    if hasattr(config, "kl_top_k"):
-        frozen += trained
-    if (judge := getattr(config, "reward_model", None)) is not None and Path(judge).exists():
-        frozen += _count(_empty_model(judge, reward_head=True))
-    size = getattr(torch, config.dtype).itemsize
+        named = list(model.named_parameters())
+        names = _muon_names(model, named)
+        muon = sum(p.numel() for name, p in named if name in names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = config.per_device_train_batch_size * config.max_length
-    chunk = min(tokens * model.config.vocab_size, _CHUNK_ELEMENTS[device])
-    parts = [MemoryPart(name="weights", num_bytes=trained * size, formula=f"{trained:,} parameters x {size}")]
-    if frozen:
-        parts.append(MemoryPart(name="frozen models", num_bytes=frozen * size, formula=f"{frozen:,} x {size}"))
-    parts.append(MemoryPart(name="gradients", num_bytes=trained * size, formula=f"{trained:,} x {size}"))
-    adam = trained - under_muon
-    parts.append(MemoryPart(name="AdamW moments", num_bytes=2 * adam * size, formula=f"2 x {adam:,} x {size}"))
-    if under_muon:
-        parts.append(
-            MemoryPart(name="Muon momentum", num_bytes=under_muon * size, formula=f"{under_muon:,} x {size}")
-        )
-    parts.append(MemoryPart(name="logits chunk", num_bytes=8 * chunk, formula=f"2 x 4 x {chunk:,} elements ({device})"))
-    return parts
+    elements = min(tokens * model.config.vocab_size, _CHUNK_LIMIT[device])
+
+    def part(name: str, times: int, parameters: int) -> MemoryPart:
+        formula = f"{times} x {parameters:,} parameters x {size} bytes"
+        return MemoryPart(name=name, num_bytes=times * parameters * size, formula=formula)
+
+    parts = [
+        part("weights", 1, trained),
+        part("frozen models", 1, frozen),
+        part("gradients", 1, trained),
+        part("AdamW", 2, trained - muon),
+        part("Muon", 1, muon),
+        MemoryPart(
+            name="logits chunk", num_bytes=8 * elements, formula=f"2 x {elements:,} elements x 4 bytes ({device})"
+        ),
+    ]
+    return [line for line in parts if line.num_bytes]
 
 
 def memory_text(parts: list[MemoryPart]) -> str:
     """The estimate as aligned lines with its sum."""
-    rows = [*parts, MemoryPart(name="sum", num_bytes=sum(part.num_bytes for part in parts), formula="+ activations")]
-    return "\n".join(f"{part.name:<14} {part.num_bytes / 2**20:>12,.1f} MiB   {part.formula}" for part in rows)
+    total = MemoryPart(name="sum", num_bytes=sum(part.num_bytes for part in parts), formula="and activations on top")
+    return "\n".join(
+        f"{part.name:<14} {part.num_bytes / 2**20:>12,.1f} MiB   {part.formula}" for part in [*parts, total]
+    )
 
 
-def _required_path(config: TrainConfig) -> str:
-    if config.model_name_or_path is None:
-        raise ConfigError("model_name_or_path is missing: without a model there is nothing to estimate")
-    return config.model_name_or_path
-
-
-def _empty_model(path: str, *, reward_head: bool) -> Any:
-    """The model's shapes without memory for its weights."""
-    model_config = AutoConfig.from_pretrained(path)
+def _without_memory(path: str, *, reward_head: bool) -> nn.Module:
+    """The model's shapes, on the meta device."""
+    config = AutoConfig.from_pretrained(path)
     if reward_head:
-        model_config.num_labels = 1
+        config.num_labels = 1
     family = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     with torch.device("meta"):
-        return family.from_config(model_config)
+        model: nn.Module = family.from_config(config)
+    return model
 
 
 def _count(model: nn.Module) -> int:

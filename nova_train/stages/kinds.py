@@ -1,44 +1,52 @@
-"""The kinds of stages by name. Modules are imported when a kind is used, so that `nova-train --help` answers at once."""
+"""Stages and commands by name. Modules are imported when one is used, so that `nova-train --help` answers at once."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from nova_train.config import ConfigError, unknown_key
+from nova_train.config import ConfigError, unknown_name
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Where a stage lives: `module` has the config class and `run(config) -> Path`."""
+    """Where a stage or command lives."""
 
     module: str
-    config_class: str
+    config_class: str  # a frozen dataclass; its fields are the keys
     summary: str
+    function: str = "run"  # takes the config
 
-    def load(self) -> tuple[type[Any], Callable[[Any], Path]]:
-        """Import the module; returns (config class, run)."""
+    def load(self) -> tuple[type[Any], Callable[..., Any]]:
+        """Import the module; returns (config class, function)."""
         module = importlib.import_module(self.module)
-        return getattr(module, self.config_class), module.run
+        return getattr(module, self.config_class), getattr(module, self.function)
 
 
-KINDS = {
-    "world": Kind("nova_train.stages.world", "WorldConfig", "write the embedded world: tasks, data and a new model"),
+# Stages write a folder: `run(config) -> Path`. They can stand in a pipeline.
+STAGES = {
+    "world": Kind("nova_train.stages.world", "WorldConfig", "write the embedded world: data and an untrained model"),
     "sft": Kind("nova_train.stages.sft", "SFTConfig", "supervised fine-tuning on conversations"),
-    "annotate": Kind("nova_train.stages.annotate", "AnnotateConfig", "sample responses and score them into pairs"),
+    "annotate": Kind("nova_train.stages.annotate", "AnnotateConfig", "preference pairs from a model's own answers"),
     "reward": Kind("nova_train.stages.reward", "RewardConfig", "train a reward model on preference pairs"),
     "grpo": Kind("nova_train.stages.grpo", "GRPOConfig", "reinforcement learning with GRPO"),
     "merge": Kind("nova_train.stages.merge", "MergeConfig", "merge saved models into one"),
     "pas": Kind("nova_train.stages.pas", "PASConfig", "train a prompt augmentation model"),
-    "eval": Kind("nova_train.stages.eval", "EvalConfig", "score models on held-out prompts, and report"),
+    "eval": Kind("nova_train.stages.eval", "EvalConfig", "score models on held-out prompts and write the report"),
+}
+
+# Commands print lines: `function(config, lines of the standard input) -> lines`.
+COMMANDS = {
+    "augment": Kind(
+        "nova_train.stages.augment", "AugmentConfig", "put a trained PAS model in front of prompts", "augmented_lines"
+    ),
 }
 
 
-def kind_named(name: object, where: str) -> Kind:
-    """The kind called `name`, or a ConfigError with a suggestion."""
-    if not isinstance(name, str) or name not in KINDS:
-        raise ConfigError(f"{where}: {unknown_key(str(name), list(KINDS), 'run').replace('key', 'stage kind', 1)}")
-    return KINDS[name]
+def stage_named(name: object, where: str) -> Kind:
+    """The stage called `name`, or a ConfigError with a suggestion."""
+    if not isinstance(name, str) or name not in STAGES:
+        raise ConfigError(f"{where}: {unknown_name('stage', str(name), list(STAGES))}")
+    return STAGES[name]

@@ -1,4 +1,4 @@
-"""Merge saved models into one: linear average, task arithmetic, or model stock (nova_kernels.merging has the equations)."""
+"""Merge saved models into one: linear, task arithmetic or model stock; nova_kernels.merging has the equations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MergeConfig:
         if len(self.models) < 2:
             raise ConfigError(f"models must name at least two models, got {self.models}")
         if self.weights is not None and len(self.weights) != len(self.models):
-            raise ConfigError(f"weights needs one value per model, got {len(self.weights)} for {len(self.models)} models")
+            raise ConfigError(f"weights needs one value per model, {len(self.models)} in all, got {self.weights}")
         if self.weights is not None and self.normalize and sum(self.weights) == 0:
             raise ConfigError(f"weights sum to 0 and cannot be normalised, got {self.weights}; set normalize: false")
         if self.method != "linear" and self.base is None:

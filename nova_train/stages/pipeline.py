@@ -6,7 +6,7 @@
       - {name: base, run: sft, model_name_or_path: gpt2, dataset_name: chat.jsonl}
       - name: policy
         run: grpo
-        inputs: {model_name_or_path: base}     # the folder of stage `base`; also base/sub/path, or a list of them
+        inputs: {model_name_or_path: base}     # the folder of stage `base`; also base/sub/path, lists and mappings
         dataset_name: prompts.jsonl
 
 Each stage works in output_dir/name. The whole recipe is resolved and checked before the first stage starts. A stage's
@@ -21,13 +21,23 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nova_train.config import ConfigError, build_config, fingerprint, identity, read_recipe, unknown_key
-from nova_train.stages.kinds import kind_named
+import yaml
+
+from nova_train.config import (
+    ConfigError,
+    build_config,
+    config_to_dict,
+    fingerprint,
+    identity,
+    read_recipe,
+    unknown_name,
+)
+from nova_train.stages.kinds import stage_named
 from nova_train.state import StateError, finished_fingerprint
 
 log = logging.getLogger(__name__)
@@ -62,7 +72,7 @@ def plan_pipeline(recipe: str | Path, overrides: Mapping[str, object]) -> list[P
     values = {**read_recipe(recipe), **overrides}
     for key in values:
         if key not in _KEYS:
-            raise ConfigError(f"{recipe}: {unknown_key(key, _KEYS, 'a pipeline')}")
+            raise ConfigError(f"{recipe}: {unknown_name('key', key, _KEYS)}")
     output_dir, entries = values.get("output_dir"), values.get("stages")
     if not isinstance(output_dir, str) or not output_dir:
         raise ConfigError(f"{recipe}: output_dir must name the folder of all stages, got {output_dir!r}")
@@ -79,7 +89,7 @@ def plan_pipeline(recipe: str | Path, overrides: Mapping[str, object]) -> list[P
     return list(planned.values())
 
 
-def run_pipeline(stages: list[PlannedStage], *, first: str | None = None, last: str | None = None) -> list[Path]:
+def run_pipeline(stages: Sequence[PlannedStage], *, first: str | None = None, last: str | None = None) -> list[Path]:
     """Run the stages from `first` to `last` (both included; None: from the start, to the end), skipping what is done.
 
     Raises:
@@ -87,12 +97,13 @@ def run_pipeline(stages: list[PlannedStage], *, first: str | None = None, last: 
         StateError: a stage before `first` is not finished, or a folder holds another run.
     """
     begin, end = _range(stages, first, last)
+    done = {stage.name: is_done(stage) for stage in stages[:end]}  # every folder is checked before anything runs
     for stage in stages[:begin]:
-        if not is_done(stage):
+        if not done[stage.name]:
             raise StateError(f"--from {first}: stage {stage.name!r} before it is not finished; leave --from out")
     for number, stage in enumerate(stages[begin:end], begin + 1):
         label = f"[{number}/{len(stages)}] {stage.name}"
-        if is_done(stage):
+        if done[stage.name]:
             log.info("%s: done before, skipped", label)
             continue
         log.info("%s: %s -> %s", label, stage.kind, stage.folder)
@@ -102,6 +113,16 @@ def run_pipeline(stages: list[PlannedStage], *, first: str | None = None, last: 
         gc.collect()
         log.info("%s: done in %.0f s", label, time.perf_counter() - started)
     return [stage.folder for stage in stages[begin:end]]
+
+
+def plan_text(stages: Sequence[PlannedStage]) -> str:
+    """The resolved recipe with each stage's state, for `--dry_run`."""
+    parts = []
+    for number, stage in enumerate(stages, 1):
+        done = "done" if is_done(stage) else "to do"
+        head = f"# [{number}/{len(stages)}] {stage.name}: {stage.kind} ({done})"
+        parts.append(f"{head}\n{yaml.safe_dump(config_to_dict(stage.config), sort_keys=False, allow_unicode=True)}")
+    return "\n".join(parts).rstrip()
 
 
 def is_done(stage: PlannedStage) -> bool:
@@ -138,17 +159,22 @@ def _plan_stage(
         raise ConfigError(f"{where}: the name {name!r} is taken by an earlier stage")
     if "output_dir" in keys:
         raise ConfigError(f"{where}: a stage's folder is output_dir/name; remove its output_dir {keys['output_dir']!r}")
-    config_class, run = kind_named(kind_name, where).load()
+    config_class, run = stage_named(kind_name, where).load()
     if not isinstance(inputs, dict):
         raise ConfigError(f"{where}: inputs must map keys to earlier stages, got {inputs!r}")
     read: dict[str, None] = {}
-    for key, value in inputs.items():
-        if key in keys:
-            raise ConfigError(f"{where}: {key!r} is given both as a key and under inputs")
-        paths = value if isinstance(value, list) else [value]
-        resolved = [_input_path(path, output_dir, earlier, f"{where}: inputs.{key}") for path in paths]
-        read.update(dict.fromkeys(str(path).split("/", 1)[0] for path in paths))
-        keys[key] = resolved if isinstance(value, list) else resolved[0]
+
+    def path_of(value: object, place: str) -> str:
+        if not isinstance(value, str) or ".." in value.split("/"):
+            raise ConfigError(f"{place}: expected the name of an earlier stage, or stage/path, got {value!r}")
+        stage = value.split("/", 1)[0]
+        if stage not in earlier:
+            known = ", ".join(earlier) or "none: this is the first"
+            raise ConfigError(f"{place}: no earlier stage is called {stage!r} (earlier stages: {known})")
+        read[stage] = None
+        return os.path.join(output_dir, value)
+
+    keys = _merged(keys, _map_leaves(inputs, path_of, f"{where}: inputs"), where)
     own = {key: value for key, value in defaults.items() if key in config_class.__dataclass_fields__}
     config = build_config(config_class, {**own, **keys, "output_dir": os.path.join(output_dir, name)}, where=where)
     covered = {"run": kind_name, "keys": identity(config), "inputs": {n: earlier[n].fingerprint for n in read}}
@@ -157,22 +183,33 @@ def _plan_stage(
     )
 
 
-def _input_path(value: object, output_dir: str, earlier: Mapping[str, PlannedStage], where: str) -> str:
-    """`stage` or `stage/sub/path` -> a path below the pipeline's folder."""
-    if not isinstance(value, str) or ".." in value.split("/"):
-        raise ConfigError(f"{where}: expected the name of an earlier stage, or stage/path, got {value!r}")
-    stage = value.split("/", 1)[0]
-    if stage not in earlier:
-        known = ", ".join(earlier) or "none: this is the first"
-        raise ConfigError(f"{where}: no earlier stage is called {stage!r} (earlier stages: {known})")
-    return os.path.join(output_dir, value)
+def _map_leaves(value: Any, change: Callable[[object, str], str], place: str) -> Any:
+    """The same lists and mappings with `change(leaf, its place)` for every leaf."""
+    if isinstance(value, dict):
+        return {key: _map_leaves(item, change, f"{place}.{key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_leaves(item, change, f"{place}[{number}]") for number, item in enumerate(value)]
+    return change(value, place)
 
 
-def _range(stages: list[PlannedStage], first: str | None, last: str | None) -> tuple[int, int]:
+def _merged(keys: Mapping[str, Any], inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Both together; a mapping may have some of its entries under inputs, anything else stands in one place only."""
+    merged = dict(keys)
+    for key, value in inputs.items():
+        if key not in merged:
+            merged[key] = value
+        elif isinstance(value, dict) and isinstance(merged[key], dict):
+            merged[key] = _merged(merged[key], value, f"{where}: {key}")
+        else:
+            raise ConfigError(f"{where}: {key!r} is given both as a key and under inputs")
+    return merged
+
+
+def _range(stages: Sequence[PlannedStage], first: str | None, last: str | None) -> tuple[int, int]:
     names = [stage.name for stage in stages]
     for flag, name in (("--from", first), ("--until", last)):
         if name is not None and name not in names:
-            raise ConfigError(f"{flag} {name}: {unknown_key(name, names, 'the pipeline').replace('key', 'stage')}")
+            raise ConfigError(f"{flag}: {unknown_name('stage', name, names)}")
     begin = 0 if first is None else names.index(first)
     end = len(names) if last is None else names.index(last) + 1
     if begin >= end:

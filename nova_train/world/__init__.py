@@ -5,7 +5,7 @@
     cues         prompts that leave the format open, and what closes it
     prompts      questions as they are asked
     data         rows of every data set, disjoint by question
-    checker      the reward functions: content and format of a response
+    reward       the checker and its reward functions: content and format of a response
     vocabulary, tokenizer, model      what the untrained model is made of
 
 The stage that writes it all into a folder is nova_train.stages.world; docs/world.md tells what it measures.

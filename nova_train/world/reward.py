@@ -6,7 +6,7 @@ Content is right if the response, read in any of the formats, is the answer. So 
 0.7, a wrong one in the right form 0.3, and an answer in the middle of other words 0: a program could not read it.
 
 `score`, `content` and `obedience` are reward functions with TRL's signature; name them in a recipe as
-`nova_train.world.checker:score`.
+`nova_train.world.reward:score`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Grade:
 def grade(response: str, *, answer: str, form: str) -> Grade:
     """Judge one response. ValueError for a format that the world does not know."""
     if form not in FORMATS:
-        raise ValueError(f"world checker: expected a format out of {list(FORMATS)}, got {form!r}")
+        raise ValueError(f"world reward: expected a format out of {list(FORMATS)}, got {form!r}")
     right = any(unwrap(response, known) == answer for known in FORMATS)
     return Grade(content=right, format=unwrap(response, form) is not None)
 
@@ -76,7 +76,7 @@ def obedience(
 def _grades(completions: Sequence[Completion], answer: Sequence[str], form: Sequence[str]) -> list[Grade]:
     if not len(completions) == len(answer) == len(form):
         raise ValueError(
-            f"world checker: expected one answer and one format per completion, got {len(completions)} completions, "
+            f"world reward: expected one answer and one format per completion, got {len(completions)} completions, "
             f"{len(answer)} answers and {len(form)} formats"
         )
     rows = zip(completions, answer, form, strict=True)

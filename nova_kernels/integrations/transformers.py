@@ -1,0 +1,265 @@
+"""Packed rows in unmodified Hugging Face models.
+
+    with use_varlen_attention(model):
+        model(input_ids=batch.input_ids, **batch.attention_kwargs())
+
+Every sequence of the row attends to itself alone, through nova_kernels.attention. What would break that is refused:
+a KV cache, an attention mask (padding), positions that do not say where sequences start. Generation needs the cache
+and so the model's own attention: `with handle.suspended(): model.generate(...)`.
+
+The model's own attention keeps packed sequences apart only if no cache and no mask reach it, although use_cache is on
+by default, even in training: `check_packing` measures whether the way a model is called leaks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, PreTrainedModel
+
+from nova_kernels.attention import varlen_attention
+from nova_kernels.packing import PackedBatch
+from nova_kernels.varlen import check_cu_seqlens, cu_seqlens_from_lengths, cu_seqlens_from_positions, lengths_of
+
+IMPLEMENTATION = "nova_varlen"  # name in the AttentionInterface of transformers
+
+
+def use_varlen_attention(model: PreTrainedModel, backend: str | None = None) -> VarlenAttentionHandle:
+    """Attach varlen attention to this model object; other models are not touched.
+
+    Boundaries come from `cu_seq_lens_q`, else from `position_ids` that start again at 0, else every row of the batch
+    is one sequence. The config, which is saved with the model, is left as it was but for its attention implementation,
+    which is never saved.
+
+    Args:
+        backend: of nova_kernels.attention.varlen_attention; None takes the fastest that can run.
+
+    Returns:
+        A handle: `.restore()` puts the model's own attention back, `.suspended()` does so for a while; as a context
+        manager it restores on leaving.
+
+    Raises:
+        ValueError: the model has it already, or does not take its attention from the AttentionInterface.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"use_varlen_attention: expected a transformers PreTrainedModel, got {type(model).__name__}; "
+            "pass the model inside the wrapper"
+        )
+    if model.config._attn_implementation == IMPLEMENTATION:
+        raise ValueError(f"use_varlen_attention: this {type(model).__name__} has it already; use its handle")
+    return VarlenAttentionHandle(model, backend)
+
+
+class VarlenAttentionHandle:
+    """Varlen attention on one model; made by use_varlen_attention."""
+
+    def __init__(self, model: PreTrainedModel, backend: str | None) -> None:
+        self._model = model
+        self._backend = backend
+        self._own = _implementations(model.config)
+        self._hook: RemovableHandle | None = None
+        self._attach()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model runs on varlen attention now."""
+        return self._hook is not None
+
+    def restore(self) -> None:
+        """Put the model's own attention back; calling it twice is harmless."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            self._model.set_attn_implementation(self._own)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """The model's own attention inside a `with`; what was attached is attached again afterwards."""
+        was_attached = self.attached
+        self.restore()
+        try:
+            yield
+        finally:
+            if was_attached and not self.attached:
+                self._attach()
+
+    def _attach(self) -> None:
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        self._model.set_attn_implementation(IMPLEMENTATION)
+        if self._model.config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"use_varlen_attention: {type(self._model).__name__} does not take its attention from the "
+                f"AttentionInterface of transformers, it stays on {self._model.config._attn_implementation!r}"
+            )
+        base = self._model.base_model
+        names = tuple(inspect.signature(base.forward).parameters)
+        self._hook = base.register_forward_pre_hook(_Boundaries(names, self._backend), with_kwargs=True)
+
+    def __enter__(self) -> VarlenAttentionHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+class _Boundaries:
+    """Forward pre-hook of the base model: settles the boundaries once, for all layers."""
+
+    def __init__(self, names: tuple[str, ...], backend: str | None) -> None:
+        self.names = names
+        self.backend = backend
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        where = type(module).__name__
+        if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                f"{where}: varlen attention takes no KV cache; pass use_cache=False, "
+                "or generate inside `with handle.suspended():`"
+            )
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError(
+                f"{where}: varlen attention takes no attention_mask, not even one of ones; lay the sequences side by "
+                "side with pack_samples, or use the model inside `with handle.suspended():`"
+            )
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        given = kwargs.get("cu_seq_lens_q")
+        cu_seqlens = _boundaries(where, tokens, kwargs.get("position_ids")) if given is None else given
+        if given is not None:
+            _check_given(where, tokens, given, kwargs.get("cu_seq_lens_k"))
+            if kwargs.get("position_ids") is None:
+                kwargs["position_ids"] = _positions(given, tokens.device)
+        longest = max(lengths_of(cu_seqlens), default=0)
+        kwargs.update(use_cache=False, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, varlen_backend=self.backend)
+        kwargs.update(max_length_q=longest, max_length_k=longest)
+        return (), kwargs
+
+
+def _check_given(where: str, tokens: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
+    if tokens.shape[0] != 1:
+        raise ValueError(f"{where}: cu_seq_lens_q describes one packed row [1, T], got {list(tokens.shape[:2])}")
+    check_cu_seqlens(cu_seqlens_q, tokens.shape[1])
+    if cu_seqlens_k is not None and cu_seqlens_k is not cu_seqlens_q and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+        raise ValueError(f"{where}: cu_seq_lens_q and cu_seq_lens_k differ; varlen attention is self-attention only")
+
+
+def _boundaries(where: str, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
+    rows, length = tokens.shape[:2]
+    if position_ids is None:
+        return cu_seqlens_from_lengths([length] * rows)
+    if position_ids.ndim != 2:
+        raise ValueError(f"{where}: position_ids {list(position_ids.shape)} do not tell boundaries; pass cu_seq_lens_q")
+    position_ids = position_ids.expand(rows, length)
+    if length and bool((position_ids[:, 0] != 0).any()):
+        raise ValueError(
+            f"{where}: every row must start at position 0, rows start at {position_ids[:, 0].tolist()}; "
+            "left padding is not supported, pack the sequences with pack_samples"
+        )
+    return cu_seqlens_from_positions(position_ids.flatten())
+
+
+def _positions(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """[1, T], counting from 0 within each sequence."""
+    lengths = torch.tensor(lengths_of(cu_seqlens))
+    starts = cu_seqlens[:-1].cpu().long().repeat_interleave(lengths)
+    return (torch.arange(starts.numel()) - starts)[None].to(device)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
+    varlen_backend: str | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The AttentionInterface's signature: [B, H, L, D] in, ([B, L, H, D], None) out."""
+    where = type(module).__name__
+    if attention_mask is not None or key.shape[2] != query.shape[2]:
+        raise ValueError(f"{where}: varlen attention takes neither a mask nor a KV cache")
+    if dropout:
+        raise ValueError(f"{where}: varlen attention has no dropout, got {dropout}; set attention_dropout to 0")
+    if s_aux is not None:
+        raise ValueError(f"{where}: varlen attention has no attention sinks; use the model's own attention")
+    if cu_seq_lens_q is None:
+        raise ValueError(f"{where}: no cu_seq_lens_q arrived; this model does not hand its arguments to its layers")
+    rows, _heads, length, _width = query.shape
+    q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3]) for x in (query, key, value))
+    out = varlen_attention(
+        q,
+        k,
+        v,
+        cu_seqlens=cu_seq_lens_q,
+        max_seqlen=max_length_q,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        window=sliding_window,
+        softmax_scale=scaling,
+        softcap=softcap,
+        backend=varlen_backend,
+    )
+    return out.reshape(rows, length, *out.shape[1:]), None
+
+
+def _implementations(config: Any) -> str | dict[str, Any]:
+    """What set_attn_implementation needs to put everything back: a name, or names by sub-config."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name, None)) is not None}
+    if not parts:
+        name: str = config._attn_implementation
+        return name
+    return {"": config._attn_implementation, **{name: _implementations(part) for name, part in parts.items()}}
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, batch: PackedBatch, model_kwargs: Mapping[str, Any] | None = None) -> float:
+    """Largest difference between the logits of a packed row and those of its samples one by one.
+
+    About 1e-6 in float32 when the samples are kept apart, 0.1 or more when they see each other. Works with and without
+    varlen attention, so it also tells whether another trainer's way of calling the model leaks.
+
+    Args:
+        model: returns logits per token; of other models (sequence classification) the last hidden states are compared.
+        batch: the packed row, on the model's device.
+        model_kwargs: what the model is called with beside input_ids; None is `batch.attention_kwargs()`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        packed = _outputs(model, batch.input_ids, batch.attention_kwargs() if model_kwargs is None else model_kwargs)
+        lengths = lengths_of(batch.cu_seqlens)
+        alone = [_outputs(model, ids, {"use_cache": False}) for ids in batch.input_ids.split(lengths, dim=1)]
+        differences = (packed - torch.cat(alone, dim=1)).abs()
+        return float(differences.max())
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _outputs(model: PreTrainedModel, input_ids: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    logits: Tensor | None = getattr(model(input_ids=input_ids, **kwargs), "logits", None)
+    if logits is not None and logits.ndim == 3:
+        return logits
+    hidden: Tensor = model.base_model(input_ids=input_ids, **kwargs).last_hidden_state
+    return hidden

@@ -1,0 +1,186 @@
+"""The command line: nova-train <command> [recipe.yaml] [--key value ...]
+
+Exit codes: 0 done; 2 a mistake in the recipe, the flags, the data or the folders, told in one line on stderr; 130
+stopped by Ctrl-C, with the command that continues. Anything else is a fault of ours and comes with its traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nova_train.config import ConfigError, load_config, parse_flags, unknown_name
+from nova_train.stages.kinds import COMMANDS, STAGES, Kind
+
+OVERVIEW = """\
+usage: nova-train <command> [recipe.yaml] [--key value ...]
+
+{commands}
+
+nova-train <command> --help lists the keys of a command. Flags win over the recipe.
+--dry_run prints the resolved keys; for a stage that trains, its data in tokens and its memory as well.
+--traceback shows where an error came from.
+"""
+PIPELINE_HELP = """\
+usage: nova-train pipeline recipe.yaml [--from STAGE] [--until STAGE] [--key value ...]
+
+Run the stages of a recipe in order: what is done is skipped, what was interrupted continues.
+
+  --from STAGE    start here; the stages before must be finished
+  --until STAGE   stop after this one
+  --dry_run       print the resolved stages and which are done; run nothing
+
+Keys of the recipe that flags can set: output_dir, seed, num_threads, disable_progress.
+"""
+_OTHERS = {
+    "pipeline": "run a list of stages, each from the results of earlier ones",
+    "env": "versions, threads and devices of this machine",
+}
+# Errors whose messages say all there is to say, by module; others of the caught types name their type.
+_CLEAR_ERRORS = {
+    "nova_train.config": "ConfigError",
+    "nova_train.datafiles": "DataError",
+    "nova_train.rewards": "RewardError",
+    "nova_train.state": "StateError",
+    "nova_kernels.backend": "BackendUnavailableError",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(), end="")
+        return 0
+    command, rest = words[0], [word for word in words[1:] if word != "--traceback"]
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        _run(command, rest)
+    except (KeyboardInterrupt, *_loaded("nova_train.loop", "Interrupted")) as error:
+        print(f"nova-train {command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        print(f"continue with: nova-train {shlex.join(words)}", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if "--traceback" in words:
+            raise
+        print(f"nova-train {command}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def overview() -> str:
+    """What `nova-train --help` prints."""
+    summaries = {name: kind.summary for name, kind in (STAGES | COMMANDS).items()} | _OTHERS
+    width = max(map(len, summaries))
+    return OVERVIEW.format(commands="\n".join(f"  {name:<{width}}  {text}" for name, text in summaries.items()))
+
+
+def _run(command: str, rest: list[str]) -> None:
+    if command == "pipeline":
+        _run_pipeline(rest)
+    elif command == "env":
+        from nova_train.stages.env import environment_report
+
+        print(environment_report())
+    elif command in STAGES:
+        _run_stage(command, STAGES[command], rest)
+    elif command in COMMANDS:
+        _run_command(command, COMMANDS[command], rest)
+    else:
+        raise ConfigError(unknown_name("command", command, [*STAGES, *COMMANDS, *_OTHERS]))
+
+
+def _run_stage(name: str, stage: Kind, rest: list[str]) -> None:
+    config_class, run = stage.load()
+    if _wants_help(rest):
+        _print_keys(name, stage, config_class)
+        return
+    recipe, flags = parse_flags(rest)
+    dry_run = _take_switch(flags, "dry_run")
+    config = load_config(config_class, recipe, flags)
+    if dry_run:
+        from nova_train.stages.dry_run import describe
+
+        print(describe(name, config))
+    else:
+        logging.getLogger(__name__).info("%s: %s", name, run(config))
+
+
+def _run_command(name: str, command: Kind, rest: list[str]) -> None:
+    config_class, lines = command.load()
+    if _wants_help(rest):
+        _print_keys(name, command, config_class)
+        return
+    recipe, flags = parse_flags(rest)
+    for line in lines(load_config(config_class, recipe, flags), sys.stdin):
+        print(line, flush=True)
+
+
+def _run_pipeline(rest: list[str]) -> None:
+    if not rest or _wants_help(rest):
+        print(PIPELINE_HELP, end="")
+        return
+    recipe, flags = parse_flags(rest)
+    if recipe is None:
+        raise ConfigError("expected a recipe: nova-train pipeline recipe.yaml")
+    first, last = _take_name(flags, "from"), _take_name(flags, "until")
+    dry_run = _take_switch(flags, "dry_run")
+    from nova_train.stages.pipeline import plan_pipeline, plan_text, run_pipeline
+
+    stages = plan_pipeline(recipe, flags)
+    if dry_run:
+        print(plan_text(stages))
+    else:
+        run_pipeline(stages, first=first, last=last)
+
+
+def _print_keys(name: str, kind: Kind, config_class: type[Any]) -> None:
+    """The typed keys; their comments in the dataclass are the help texts."""
+    import tyro
+
+    try:
+        tyro.cli(
+            config_class,
+            prog=f"nova-train {name} [recipe.yaml]",
+            description=f"{kind.summary[0].upper()}{kind.summary[1:]}.",
+            args=["--help"],
+            use_underscores=True,
+        )
+    except SystemExit:
+        return
+
+
+def _wants_help(words: Sequence[str]) -> bool:
+    return "-h" in words or "--help" in words
+
+
+def _take_switch(flags: dict[str, object], key: str) -> bool:
+    value = flags.pop(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"--{key} takes no value, got {value!r}")
+    return value
+
+
+def _take_name(flags: dict[str, object], key: str) -> str | None:
+    value = flags.pop(key, None)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"--{key} takes the name of one stage, got {value!r}")
+    return value
+
+
+def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
+    """A class of a module that may not be imported yet (then it cannot have been raised either)."""
+    return (getattr(sys.modules[module], name),) if module in sys.modules else ()
+
+
+def _one_line(error: Exception) -> str:
+    clear = tuple(kind for module, name in _CLEAR_ERRORS.items() for kind in _loaded(module, name))
+    message = " ".join(str(error).split())
+    return message if isinstance(error, clear) else f"{message} ({type(error).__name__}; --traceback shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
