@@ -85,10 +85,8 @@ def _run(command: str, rest: list[str]) -> None:
         from nova_train.stages.env import environment_report
 
         print(environment_report())
-    elif command in STAGES:
-        _run_stage(command, STAGES[command], rest)
-    elif command in COMMANDS:
-        _run_command(command, COMMANDS[command], rest)
+    elif command in STAGES or command in COMMANDS:
+        _run_stage(command, (STAGES | COMMANDS)[command], rest)
     else:
         raise ConfigError(unknown_name("command", command, [*STAGES, *COMMANDS, *_OTHERS]))
 
@@ -96,27 +94,17 @@ def _run(command: str, rest: list[str]) -> None:
 def _run_stage(name: str, stage: Kind, rest: list[str]) -> None:
     config_class, run = stage.load()
     if _wants_help(rest):
-        _print_keys(name, stage, config_class)
+        _print_keys(f"nova-train {name}", stage.summary, config_class)
         return
     recipe, flags = parse_flags(rest)
     dry_run = _take_switch(flags, "dry_run")
     config = load_config(config_class, recipe, flags)
     if dry_run:
-        from nova_train.stages.dry_run import describe
+        from nova_train.stages.dry_run import print_plan
 
-        print(describe(name, config))
+        print_plan(config)
     else:
-        logging.getLogger(__name__).info("%s: %s", name, run(config))
-
-
-def _run_command(name: str, command: Kind, rest: list[str]) -> None:
-    config_class, lines = command.load()
-    if _wants_help(rest):
-        _print_keys(name, command, config_class)
-        return
-    recipe, flags = parse_flags(rest)
-    for line in lines(load_config(config_class, recipe, flags), sys.stdin):
-        print(line, flush=True)
+        run(config)
 
 
 def _run_pipeline(rest: list[str]) -> None:
@@ -137,15 +125,15 @@ def _run_pipeline(rest: list[str]) -> None:
         run_pipeline(stages, first=first, last=last)
 
 
-def _print_keys(name: str, kind: Kind, config_class: type[Any]) -> None:
+def _print_keys(program: str, summary: str, config_class: type[Any]) -> None:
     """The typed keys; their comments in the dataclass are the help texts."""
     import tyro
 
     try:
         tyro.cli(
-            config_class,
-            prog=f"nova-train {name} [recipe.yaml]",
-            description=f"{kind.summary[0].upper()}{kind.summary[1:]}.",
+            tyro.conf.FlagConversionOff[config_class],
+            prog=f"{program} [recipe.yaml]",
+            description=f"{summary[0].upper()}{summary[1:]}.",
             args=["--help"],
             use_underscores=True,
         )

@@ -57,7 +57,7 @@ def group_advantages(
 
 
 class RunningMoments:
-    """Mean and standard deviation of every score seen so far (Chan's parallel update, in float64); part of the state."""
+    """Mean and standard deviation of every score seen so far: Chan's parallel update, in float64."""
 
     def __init__(self) -> None:
         self.count = 0.0

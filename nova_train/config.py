@@ -41,7 +41,7 @@ class TrainConfig:
     model_name_or_path: str | None = None  # folder or Hugging Face name; None: the stage builds its default model
     dataset_name: list[str]  # JSONL, .jsonl.gz or Parquet files, or Hugging Face data set names
     eval_dataset_name: list[str] = field(default_factory=list)  # held-out data of the same form
-    dataset_columns: dict[str, str] = field(default_factory=dict)  # our column name -> theirs, or a text with {theirs}
+    dataset_columns: dict[str, str] = field(default_factory=dict)  # {ours: theirs}, or {ours: text with {theirs} in it}
     on_bad_row: Literal["error", "skip"] = "error"
     max_length: int  # tokens per sample, and per pack
     overlong: Literal["error", "truncate", "drop"] = "error"  # a sample longer than max_length
@@ -226,12 +226,16 @@ def identity(config: object) -> dict[str, Any]:
     return {key: value for key, value in config_to_dict(config).items() if key not in PRESENTATION_KEYS}
 
 
-def write_config(config: object, path: str | Path, *, stage: str) -> None:
-    """Write the resolved config as a recipe of `stage`; the file appears whole or not at all."""
-    values = {"stage": stage, **config_to_dict(config)}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+def resolved_text(config: object, *, stage: str | None = None) -> str:
+    """The resolved config as a recipe that names its stage (default: by the class, `SFTConfig` -> sft)."""
+    values = {"stage": stage or stage_name(type(config)), **config_to_dict(config)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_config(config: object, path: str | Path, *, stage: str | None = None) -> None:
+    """Write `resolved_text`; the file appears whole or not at all."""
     partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(resolved_text(config, stage=stage), encoding="utf-8")
     os.replace(partial, path)
 
 
@@ -242,8 +246,8 @@ def fingerprint(mapping: Mapping[str, object]) -> str:
 
 
 def stage_name(cls: type) -> str:
-    """`SFTConfig` -> `sft`."""
-    return cls.__name__.removesuffix("Config").lower()
+    """`SFTConfig` -> sft, `InspectDataConfig` -> inspect-data."""
+    return re.sub("(?<=[a-z])(?=[A-Z])", "-", cls.__name__.removesuffix("Config")).lower()
 
 
 def unknown_name(what: str, name: str, known: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 A rollout is used for `num_iterations` optimiser steps. Old log-probabilities and the KL-to-go are those of the trainer's
 own forward at the first of them, over the very packs of the update, so the ratio is exactly 1 there and the KL of a
-model with itself exactly 0. Generation is seeded per (run, rollout, prompt, answer): it does not depend on batching.
+model with itself exactly 0. Generation is seeded per (run, rollout, answer): it does not depend on batching.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nova_kernels.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from nova_kernels.topk_kl import TopK, linear_topk_select
@@ -87,7 +88,7 @@ class Experience:
         self,
         prompts: ShuffledLoader[Prompt],
         ptx: PackedLoader | None,
-        ref_policy: nn.Module,
+        ref_policy: PreTrainedModel,
         sample: Sampler,
         score: Scorer,
         options: ExperienceOptions,

@@ -15,7 +15,6 @@ tests/test_kl.py enumerates a tabular policy and compares each with the true gra
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 PLACEMENTS = ("split", "reward", "loss")
@@ -58,4 +57,3 @@ def kl_in_loss(placement: str) -> bool:
     if placement not in PLACEMENTS:
         raise ValueError(f"kl_placement must be one of {PLACEMENTS}, got {placement!r}")
     return placement != "reward"
-

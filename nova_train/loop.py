@@ -24,7 +24,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from nova_train import state
 from nova_train.config import TrainConfig, fingerprint, identity
@@ -32,6 +33,8 @@ from nova_train.metrics import MetricsLog, Window
 from nova_train.optim import Optimizers, learning_rate_factor
 
 MicroBatch = TypeVar("MicroBatch")
+Consumed = TypeVar("Consumed", contravariant=True)
+Produced = TypeVar("Produced", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,24 +45,26 @@ class LossTerms:
     metrics: Mapping[str, tuple[Tensor | float, float]] = field(default_factory=dict)
 
 
-class Objective(Protocol[MicroBatch]):
+class Objective(Protocol[Consumed]):
     """The loss of a stage, as named terms."""
 
-    weights: Mapping[str, float]  # of each term in the loss
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The weight of each term in the loss."""
 
-    def counts(self, batch: MicroBatch) -> Mapping[str, float]:
+    def counts(self, batch: Consumed) -> Mapping[str, float]:
         """The number of items of each term in a micro-batch, without running the model."""
 
-    def terms(self, batch: MicroBatch) -> LossTerms:
+    def terms(self, batch: Consumed) -> LossTerms:
         """The sum of each term over a micro-batch, and metrics."""
 
 
-class Source(Protocol[MicroBatch]):
+class Source(Protocol[Produced]):
     """Where the micro-batches of each optimiser step come from."""
 
     def __len__(self) -> int: ...
 
-    def next_step(self) -> list[MicroBatch]: ...
+    def next_step(self) -> Sequence[Produced]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -119,7 +124,7 @@ class Training(Generic[MicroBatch]):
 
     config: TrainConfig
     start: Start
-    model: nn.Module
+    model: PreTrainedModel
     objective: Objective[MicroBatch]
     source: Source[MicroBatch]
     save_extra: Callable[[Path], None]
@@ -225,7 +230,7 @@ def train_step(run: Training[Any]) -> int:
 
 
 def accumulate_gradients(
-    model: nn.Module, objective: Objective[Any], batches: Sequence[Any], window: Window, *, bf16: bool = False
+    model: PreTrainedModel, objective: Objective[Any], batches: Sequence[Any], window: Window, *, bf16: bool = False
 ) -> int:
     """Backward of one optimiser step over its micro-batches; the only place that divides a loss.
 
@@ -253,8 +258,8 @@ def accumulate_gradients(
         window.add("loss", loss, 0)
         for name, total in terms.sums.items():
             window.add(f"loss/{name}", total, counts.get(name, 0.0) / len(batches))
-        for name, (total, count) in terms.metrics.items():
-            window.add(name, total, count)
+        for name, (value, count) in terms.metrics.items():
+            window.add(name, value, count)
     window.add("loss", 0.0, 1)
     return tokens
 

@@ -107,7 +107,12 @@ def _open_tracker(name: str, folder: Path, run_name: str) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))
-        return lambda step, values: [writer.add_scalar(key, value, step) for key, value in values.items()]
+
+        def send(step: int, values: Mapping[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+
+        return send
     if name in ("wandb", "trackio"):
         module = __import__(name)
         run = module.init(project="nova-kernels", name=run_name, **({"dir": str(folder)} if name == "wandb" else {}))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from nova_kernels.checkpoint import checkpoint_segments
 from nova_kernels.integrations.transformers import use_varlen_attention
@@ -48,20 +48,20 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def load_causal_lm(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> nn.Module:
+def load_causal_lm(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
     """A causal LM with varlen attention attached, dropout off, and (if trained) activation checkpointing as configured."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     _attach(model, config, frozen=frozen)
     return model
 
 
-def load_plain_causal_lm(path: str | Path) -> nn.Module:
+def load_plain_causal_lm(path: str | Path) -> PreTrainedModel:
     """A causal LM in evaluation mode with its own attention, for generation only."""
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(path)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path)
     return model.eval().requires_grad_(False)
 
 
-def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> nn.Module:
+def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
     """AutoModelForSequenceClassification with one output; a causal LM's weights give the backbone, the head is new."""
     model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=getattr(torch, config.dtype))
     if model.config.num_labels != 1:
@@ -70,7 +70,7 @@ def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = F
     return model
 
 
-def give_own_pad_token(model: nn.Module, tokenizer: Any) -> None:
+def give_own_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
     """Make sure that padding has a token of its own, known to both.
 
     transformers scores a sequence at its last token that is not `pad_token_id`; where padding shares its id with the
@@ -85,14 +85,14 @@ def give_own_pad_token(model: nn.Module, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def hidden_states(model: nn.Module, batch: PackedBatch) -> Tensor:
+def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """Last hidden states [T, H] of a packed row, after the final norm; samples do not see each other."""
     output = model.base_model(input_ids=batch.input_ids, **batch.attention_kwargs())
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
 
-def lm_head(model: nn.Module) -> Head:
+def lm_head(model: PreTrainedModel) -> Head:
     """The head's tensors; gradients reach the model through them."""
     linear = model.get_output_embeddings()
     return Head(
@@ -103,7 +103,7 @@ def lm_head(model: nn.Module) -> Head:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module) -> None:
+def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose own logits are not what `lm_head` says (some scale them).
 
     Raises:
@@ -126,13 +126,13 @@ def check_head(model: nn.Module) -> None:
         )
 
 
-def own_attention(model: nn.Module) -> AbstractContextManager[Any]:
+def own_attention(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """The model's own attention for the length of a `with`: generation needs its KV cache and padding mask."""
     handle = getattr(model, "_varlen_attention", None)
     return nullcontext() if handle is None else handle.suspended()
 
 
-def _attach(model: nn.Module, config: TrainConfig, *, frozen: bool) -> None:
+def _attach(model: PreTrainedModel, config: TrainConfig, *, frozen: bool) -> None:
     model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
     _turn_off_dropout(model)
     model.eval() if frozen else model.train()
@@ -141,11 +141,11 @@ def _attach(model: nn.Module, config: TrainConfig, *, frozen: bool) -> None:
         checkpoint_segments(model, config.segments)
 
 
-def _turn_off_dropout(model: nn.Module) -> None:
+def _turn_off_dropout(model: PreTrainedModel) -> None:
     found = False
     for module in model.modules():
         for name in ("p", "attention_dropout"):
-            if (isinstance(module, nn.Dropout) or name != "p") and getattr(module, name, 0.0):
+            if (isinstance(module, nn.Dropout) or name != "p") and getattr(module, name, False):
                 setattr(module, name, 0.0)
                 found = True
     if found:

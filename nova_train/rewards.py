@@ -236,7 +236,8 @@ def _load_one(spec: str) -> NamedReward:
     module = _load_file(place, spec) if place.endswith(".py") else _load_module(place, spec)
     function = getattr(module, name, None)
     if not callable(function):
-        public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        found = [n for n, value in vars(module).items() if inspect.isfunction(value) and not n.startswith("_")]
+        public = [n for n in found if getattr(module, n).__module__ == module.__name__]
         near = difflib.get_close_matches(name, public, n=1)
         way_out = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(public) or 'no functions'}"
         raise RewardError(f"reward_funcs: {place} has no function {name!r}; {way_out}")

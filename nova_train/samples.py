@@ -22,7 +22,6 @@ from nova_train.datafiles import BadRows, DataError
 log = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100  # label of a token that is not trained
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 Overlong = Literal["error", "truncate", "drop"]
 OnBadRow = Literal["error", "skip"]
@@ -163,7 +162,8 @@ def prompts(
 
 def prompt_key(prompt: str | Sequence[Mapping[str, str]]) -> str:
     """The first 16 hexadecimal digits of SHA-256 over the prompt as canonical JSON."""
-    return hashlib.sha256(_CANONICAL.encode(prompt).encode("ascii")).hexdigest()[:16]
+    text = json.dumps(prompt, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:16]
 
 
 def _encode(parts: Sequence[tuple[Any, Any]], chat: Chat) -> list[Encoded]:

@@ -31,6 +31,7 @@ from nova_train.config import PRESENTATION_KEYS, TrainConfig, config_to_dict, wr
 
 log = logging.getLogger(__name__)
 
+
 class StateError(RuntimeError):
     """A saved state cannot be used: another run's folder, or damaged files."""
 

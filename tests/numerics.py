@@ -1,9 +1,10 @@
-"""How accurate is accurate enough: plain PyTorch's own error at the same dtype sets the budget."""
+"""How accurate is accurate enough (plain PyTorch's own error at the same dtype sets the budget), and what ops hold."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def assert_as_accurate(actual: Tensor, peer: Tensor, truth: Tensor, *, slack: float = 2.0, floor: float = 1e-6) -> None:
@@ -22,3 +23,20 @@ def assert_as_accurate(actual: Tensor, peer: Tensor, truth: Tensor, *, slack: fl
     size = truth.norm().item() or 1.0
     ours, theirs = ((value.double() - truth).norm().item() / size for value in (actual, peer))
     assert ours <= slack * theirs + floor, f"relative error {ours:.2e}, plain PyTorch has {theirs:.2e}"
+
+
+class OpWatch(TorchDispatchMode):
+    """Inside it: rows that matrix products were given, and elements of the largest tensor that an op gave back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.elements = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.rows += result.shape[0]
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.numel())
+        return result

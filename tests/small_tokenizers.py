@@ -14,7 +14,7 @@ TEXTS += [
     "日本語の文",
     "naïve café",
     "one\ntwo\n\nthree",
-    "  indented",
+    "  indented <|b|>",
     "[INST] go [/INST]",
 ]
 

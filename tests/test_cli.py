@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,15 +41,10 @@ def run(config: ToyConfig) -> Path:
     return Path(config.output_dir)
 
 
-def shout(config: ToyConfig, lines: Iterable[str]) -> Iterator[str]:
-    yield from (line.strip().upper() for line in lines)
-
-
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "toy_stage", sys.modules[__name__])
     monkeypatch.setitem(kinds.STAGES, "toy", kinds.Kind("toy_stage", "ToyConfig", "do little"))
-    monkeypatch.setitem(kinds.COMMANDS, "shout", kinds.Kind("toy_stage", "ToyConfig", "say it louder", "shout"))
 
 
 def test_a_stage_runs_with_its_recipe_and_flags(tmp_path: Path) -> None:
@@ -64,12 +58,6 @@ def test_a_dry_run_prints_the_keys_and_runs_nothing(tmp_path: Path, capsys: pyte
     assert main(["toy", "--output_dir", str(tmp_path / "result"), "--dry_run"]) == 0
     assert capsys.readouterr().out == f"stage: toy\noutput_dir: {tmp_path / 'result'}\nrate: 0.5\nfault: null\n"
     assert not (tmp_path / "result").exists()
-
-
-def test_a_command_reads_lines_and_prints_lines(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.stdin", iter(["a\n", "b\n"]))
-    assert main(["shout", "--output_dir", "out"]) == 0
-    assert capsys.readouterr().out == "A\nB\n"
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from nova_train.datasets import DataError, read_rows
+from nova_train.datafiles import DataError
+from nova_train.datasets import read_rows
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = {"messages": [USER, REPLY]}

@@ -58,7 +58,7 @@ def world() -> SimpleNamespace:
 
 
 def gradient(value: torch.Tensor, table: Table) -> torch.Tensor:
-    return torch.autograd.grad(value, table.head.weight)[0]
+    return torch.autograd.grad(value, table.head.weight, retain_graph=True)[0]
 
 
 def true_parts(world: SimpleNamespace) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -122,7 +122,9 @@ def test_reward_placement_lacks_the_direct_term(world: SimpleNamespace) -> None:
     score, direct, visited = true_parts(world)
     ours = production_gradient(world, "reward", **UNBIASED)
     assert (ours - -(score - BETA * visited)).norm() / score.norm() < 1e-6
-    assert (BETA * direct).norm() / score.norm() > 0.1, "the missing part must be visible for this test to mean anything"
+    assert (BETA * direct).norm() / score.norm() > 0.1, (
+        "the missing part must be visible for this test to mean anything"
+    )
 
 
 def test_loss_placement_lacks_the_visited_states(world: SimpleNamespace) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch import Tensor
 
 from nova_kernels import lm_head
 from nova_kernels.lm_head import Head, HeadGradients
+from numerics import assert_as_accurate
 
 HEADS = [
     pytest.param(False, None, None, id="plain"),
@@ -131,4 +131,4 @@ def test_take_and_spread_are_inverse() -> None:
 def test_refusals(change: dict[str, object], message: str) -> None:
     inputs = {"hidden": torch.zeros(3, 7), "weight": torch.zeros(41, 7), "bias": None, "softcap": None}
     with pytest.raises(ValueError, match=r"^my_op: .*" + message):
-        lm_head.check_head("my_op", **{**inputs, "vocab_size": None, **change})  # type: ignore[arg-type]
+        lm_head.check_head("my_op", **{**inputs, "vocab_size": None, **change})

@@ -42,7 +42,7 @@ def test_muon_takes_the_layer_matrices_and_adamw_the_rest() -> None:
         p.grad = torch.randn_like(p)
     optimizers.step(0.5)
     moved = {name: (p - before[name]).detach() for name, p in net.named_parameters()}
-    assert moved["embed.weight"].abs().max() == pytest.approx(0.5e-5, rel=1e-3), "AdamW's first step is the rate"
+    assert moved["embed.weight"].abs().max() == pytest.approx(0.5e-5, rel=1e-2), "AdamW's first step is the rate"
     matrix = moved["layers.0.weight"]
     values = torch.linalg.svdvals(matrix)
     assert values.max() / values.min() < 2.5, "Muon's step is near orthogonal"

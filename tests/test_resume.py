@@ -51,8 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.prompt_file(folder / "prompts.jsonl")
     tiny.pas_file(folder / "pas.jsonl")
     (folder / "rewards.py").write_text(
-        "def length(prompts, completions, **columns):\n"
-        "    return [float(len(c[0]['content'])) for c in completions]\n"
+        "def length(prompts, completions, **columns):\n    return [float(len(c[0]['content'])) for c in completions]\n"
     )
     return folder
 

@@ -69,7 +69,7 @@ def test_functions_from_a_file_and_a_module(tmp_path: Path) -> None:
         ("no/such.py:score", "no such file /.*no/such.py"),
         ("nova_train.no_such:score", "No module named 'nova_train.no_such'"),
         ("nova_train.world.reward:scores", "no function 'scores'; did you mean 'score'"),
-        ("nova_train.world.reward:CONTENT_WEIGHT", "no function 'FORMATS'"),
+        ("nova_train.world.reward:CONTENT_WEIGHT", "no function 'CONTENT_WEIGHT'; it has grade, score, content"),
     ],
 )
 def test_functions_that_cannot_be_loaded(spec: str, says: str) -> None:

@@ -34,16 +34,43 @@ class Call:
     kwargs: dict[str, Any]
 
 
+class Segment:
+    """Consecutive layers, and what is known about them while they run."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self.recomputing = False
+        self.last_hidden: Any = None  # what the last call returned; the next call continues it, or a frame begins
+        self._frame: Frame | None = None
+
+    def begin_or_continue(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, Call]:
+        """The frame this call belongs to, and the call with the previous layer's output left out of it."""
+        last = self.last_hidden
+        inputs = (*args, *kwargs.values())
+        if self._frame is not None and any(value is last for value in inputs):
+            link = Previous()
+            args = tuple(link if value is last else value for value in args)
+            kwargs = {name: link if value is last else value for name, value in kwargs.items()}
+        else:
+            device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+            self._frame = Frame(self, device)
+        return self._frame, Call(layer, args, kwargs)
+
+    def close(self) -> None:
+        """The next call begins a new frame."""
+        self._frame = self.last_hidden = None
+
+
 class Frame:
     """One segment of one forward pass."""
 
-    def __init__(self, layers: list[nn.Module], device: torch.device) -> None:
+    def __init__(self, segment: Segment, device: torch.device) -> None:
         self.calls: list[Call] = []
-        self.recomputing = False
+        self._segment = segment
         self._saved: list[tuple[torch.Size, torch.dtype]] = []  # of every tensor saved in forward, in order
         self._recomputed: dict[int, Tensor] = {}
         self._autocast = [_autocast_state(kind) for kind in sorted({"cpu", device.type})]
-        self._generators = _generator_states(device) if has_dropout(layers) else None
+        self._generators = _generator_states(device) if has_dropout(segment.layers) else None
         self._device = device
 
     @contextmanager
@@ -71,7 +98,7 @@ class Frame:
         def refuse(_: None) -> Tensor:
             raise RuntimeError("checkpoint_segments: backward through a recomputation; its graph supplies tensors only")
 
-        self.recomputing = True
+        self._segment.recomputing = True
         try:
             with ExitStack() as stack:
                 stack.enter_context(torch.enable_grad())
@@ -81,7 +108,7 @@ class Frame:
                 stack.enter_context(saved_tensors_hooks(collect, refuse))
                 self._run_calls()
         finally:
-            self.recomputing = False
+            self._segment.recomputing = False
         if [(tensor.shape, tensor.dtype) for tensor in again] != self._saved:
             raise RuntimeError(
                 f"checkpoint_segments: a segment of {len(self.calls)} layers saved {len(self._saved)} tensors in "

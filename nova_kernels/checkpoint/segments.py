@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nova_kernels.checkpoint.recompute import Call, Frame, Previous, hidden_of
+from nova_kernels.checkpoint.recompute import Segment, hidden_of
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # names under which layers take a KV cache
 
@@ -41,9 +40,7 @@ def uniform_segments(num_layers: int, n: float) -> list[int]:
     return [size + 1] * longer + [size] * (segments - longer)
 
 
-def checkpoint_segments(
-    layers: nn.Module | Sequence[nn.Module], segments: int | Sequence[int]
-) -> CheckpointHandle:
+def checkpoint_segments(layers: nn.Module | Sequence[nn.Module], segments: int | Sequence[int]) -> CheckpointHandle:
     """Keep only each segment's input in forward and compute its activations again in backward.
 
     Gradients are those of the ordinary backward, bit for bit. Nothing happens while gradients are off. The layers run
@@ -82,7 +79,7 @@ class CheckpointHandle:
         self._wrapped: list[_LayerForward] = []
         start = 0
         for size in sizes:
-            segment = _Segment(layers[start : start + size])
+            segment = Segment(layers[start : start + size])
             self._wrapped += [_LayerForward(segment, layer) for layer in segment.layers]
             start += size
 
@@ -101,51 +98,26 @@ class CheckpointHandle:
         self.restore()
 
 
-class _Segment:
-    """Consecutive layers, and the frame that is being recorded, if one is."""
-
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers = layers
-        self.frame: Frame | None = None
-        self.recomputed_by: Frame | None = None
-        self.last_hidden: Any = None  # what the last call returned; the next call continues it, or a frame begins
-
-    def begin_or_continue(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, Call]:
-        """The frame this call belongs to, and the call with the previous output left out of it."""
-        last = self.last_hidden
-        if self.frame is not None and any(value is last for value in (*args, *kwargs.values())):
-            link = Previous()
-            args = tuple(link if value is last else value for value in args)
-            kwargs = {name: link if value is last else value for name, value in kwargs.items()}
-        else:
-            first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-            self.frame = Frame(self.layers, torch.device("cpu") if first is None else first.device)
-        return self.frame, Call(layer, args, kwargs)
-
-    def close(self) -> None:
-        self.frame = self.last_hidden = None
-
-
 class _LayerForward:
     """Takes the place of a layer's forward. A class, so that a copied model's layers refer to their own copies."""
 
-    def __init__(self, segment: _Segment, layer: nn.Module) -> None:
+    def __init__(self, segment: Segment, layer: nn.Module) -> None:
         self.segment = segment
         self.layer = layer
         self.own: Callable[..., Any] = layer.forward
         self.was_on_instance = "forward" in vars(layer)
-        layer.forward = self  # type: ignore[method-assign]
+        layer.forward = self
 
     def unwrap(self) -> None:
         if self.was_on_instance:
-            self.layer.forward = self.own  # type: ignore[method-assign]
+            self.layer.forward = self.own
         else:
             del self.layer.forward
         self.segment.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         segment = self.segment
-        if not torch.is_grad_enabled() or _is_recomputing(segment):
+        if not torch.is_grad_enabled() or segment.recomputing:
             return self.own(*args, **kwargs)
         for name in CACHES:
             if kwargs.get(name) is not None:

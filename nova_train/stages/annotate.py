@@ -1,8 +1,8 @@
 """Preference pairs from a model's own answers, judged by reward functions.
 
-For each prompt n answers are sampled; the best and the worst by score become chosen and rejected (prompts whose answers
-all score the same give no pair). What the annotator gets wrong or leaves out can be modelled: `flip_rate` swaps a pair's
-answers, `score_rate` is the share of pairs whose absolute scores are kept.
+For each prompt n answers are sampled; the best and the worst by score become chosen and rejected (prompts whose
+answers all score the same give no pair). What the annotator gets wrong or leaves out can be modelled: `flip_rate`
+swaps a pair's answers, `score_rate` is the share of pairs whose absolute scores are kept.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -44,7 +44,8 @@ class AnnotateConfig:
     batch_size: int = 256  # sequences per generation call
     flip_rate: float = 0.0  # share of pairs with the answers swapped
     score_rate: float = 1.0  # share of pairs that keep their absolute scores
-    on_bad_row: str = "error"
+    on_bad_row: Literal["error", "skip"] = "error"
+    dataset_columns: dict[str, str] = field(default_factory=dict)  # our column name -> theirs
     seed: int = 0
     num_threads: int = 1
 
@@ -69,7 +70,11 @@ def run(config: AnnotateConfig) -> Path:
     torch.set_num_threads(config.num_threads)
     tokenizer = load_tokenizer(config.model_name_or_path)
     chat = Chat(tokenizer)
-    asked = prompts(read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row), chat, config.max_length)
+    asked = prompts(
+        read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns),
+        chat,
+        config.max_length,
+    )
     n = config.num_generations
     repeated = [prompt for prompt in asked for _ in range(n)]
     completions = generate(

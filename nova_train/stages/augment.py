@@ -10,6 +10,7 @@ messages) and optional `keywords`. `batch_size: 1` answers each line before it r
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -36,6 +37,13 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         if self.batch_size <= 0:
             raise ConfigError(f"batch_size must be positive, got {self.batch_size}")
+
+
+def run(config: AugmentConfig) -> None:
+    """Write one augmented prompt per request to the standard output, as soon as its batch is done."""
+    for line in augmented_lines(config, sys.stdin):
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
 
 
 def augmented_lines(config: AugmentConfig, lines: Iterable[str]) -> Iterator[str]:

@@ -13,16 +13,27 @@ Activations come on top: they depend on `segments` and on the attention backend.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import yaml
+from rich.console import Console
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from nova_train.config import TrainConfig, config_to_dict
+from nova_train.chat import Chat
+from nova_train.config import TrainConfig, resolved_text, stage_name
+from nova_train.datasets import Kind, read_rows
+from nova_train.model import load_tokenizer
 from nova_train.optim import _muon_names
+from nova_train.stages.inspect_data import InspectDataConfig, inspect_rows
+from nova_train.stages.pas import PASConfig, conversations
 
+_KINDS: dict[str, Literal["sft", "preference", "prompt"]] = {
+    "sft": "sft",
+    "pas": "sft",
+    "reward": "preference",
+    "grpo": "prompt",
+}
 _CHUNK_LIMIT = {"cpu": 2**22, "cuda": 2**27}  # logits held at once
 
 
@@ -35,16 +46,39 @@ class MemoryPart:
     formula: str
 
 
-def describe(stage: str, config: Any) -> str:
-    """The resolved keys as a recipe; for a stage that trains, the data and the memory as well."""
-    keys = yaml.safe_dump({"stage": stage, **config_to_dict(config)}, sort_keys=False, allow_unicode=True, width=120)
-    if not isinstance(config, TrainConfig):
-        return keys.rstrip()
-    return "\n".join([keys, memory_text(estimate_memory(config, stage))])
+def print_plan(config: Any, *, console: Console | None = None) -> None:
+    """The resolved keys as a recipe; for a stage that trains, its data and its memory as well."""
+    console = Console() if console is None else console
+    console.print(resolved_text(config).rstrip(), markup=False, highlight=False, soft_wrap=True)
+    if isinstance(config, TrainConfig):
+        for name in [*config.dataset_name, *config.eval_dataset_name]:
+            console.rule(name)
+            _print_data(config, name, console)
+        console.rule("memory")
+        console.print(memory_text(estimate_memory(config)), markup=False, highlight=False, soft_wrap=True)
 
 
-def estimate_memory(config: TrainConfig, stage: str) -> list[MemoryPart]:
+def _print_data(config: TrainConfig, name: str, console: Console) -> None:
+    """Token statistics of one data set as the stage reads it; overlong rows are counted, not refused."""
+    chat = Chat(load_tokenizer(str(config.model_name_or_path)))
+    seen = InspectDataConfig(
+        model_name_or_path=str(config.model_name_or_path),
+        dataset_name=[name],
+        kind=_KINDS[stage_name(type(config))],
+        on_bad_row=config.on_bad_row,
+        max_length=config.max_length,
+        rows_shown=0,
+    )
+    kind: Kind = "rows" if isinstance(config, PASConfig) else seen.kind
+    rows = read_rows([name], kind=kind, on_bad_row=config.on_bad_row, columns=config.dataset_columns)
+    if isinstance(config, PASConfig):
+        rows = conversations(rows, config.settings(), config.on_bad_row)
+    inspect_rows(rows, chat, seen).print(console, chat, 0)
+
+
+def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
     """Bytes by the formulas above, from the models' config files; no weights are loaded."""
+    stage = stage_name(type(config))
     model = _without_memory(str(config.model_name_or_path), reward_head=stage == "reward")
     trained, size = _count(model), getattr(torch, config.dtype).itemsize
     frozen = trained if stage == "grpo" else 0
@@ -80,8 +114,16 @@ def memory_text(parts: list[MemoryPart]) -> str:
     """The estimate as aligned lines with its sum."""
     total = MemoryPart(name="sum", num_bytes=sum(part.num_bytes for part in parts), formula="and activations on top")
     return "\n".join(
-        f"{part.name:<14} {part.num_bytes / 2**20:>12,.1f} MiB   {part.formula}" for part in [*parts, total]
+        f"{part.name:<14} {_size(part.num_bytes):>12}   {part.formula}" for part in [*parts, total]
     )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} {unit}"
 
 
 def _without_memory(path: str, *, reward_head: bool) -> nn.Module:

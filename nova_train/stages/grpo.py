@@ -13,14 +13,15 @@ not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
 
 from nova_kernels.logprob import linear_logprobs
 from nova_kernels.packing import IGNORE_INDEX
@@ -38,6 +39,8 @@ from nova_train.model import check_head, hidden_states, lm_head, load_causal_lm,
 from nova_train.rewards import Judge
 from nova_train.rollout import Completion, generate, sampling_seed
 from nova_train.samples import Prompt, prompts, sft_samples
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,14 +93,14 @@ class GRPOConfig(TrainConfig):
         if self.ptx_kl_weight > 0 and not self.ptx_dataset_name:
             raise ConfigError(f"ptx_kl_weight is {self.ptx_kl_weight}, but ptx_dataset_name names no data set")
         if self.kl_placement == "reward":
-            loop.log.warning("kl_placement: reward drops the KL's own gradient (docs/equations.md); split is exact")
+            log.warning("kl_placement: reward drops the KL's own gradient (docs/equations.md); split is exact")
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
     """Terms policy, kl (both over response tokens) and ptx (over supervised tokens)."""
 
-    model: nn.Module
+    model: PreTrainedModel
     config: GRPOConfig
     weights: Mapping[str, float]
 
@@ -177,7 +180,7 @@ def run(config: GRPOConfig) -> Path:
     check_head(policy)
     ref_policy = load_causal_lm(source, config, frozen=True)
     judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat)
-    rows = read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row)
+    rows = read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
     loader = ShuffledLoader(
         prompts(rows, chat, config.max_length),
         per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
@@ -212,7 +215,13 @@ def run(config: GRPOConfig) -> Path:
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
     )
     held_out = (
-        prompts(read_rows(config.eval_dataset_name, kind="prompt", on_bad_row=config.on_bad_row), chat, config.max_length)
+        prompts(
+            read_rows(
+                config.eval_dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns
+            ),
+            chat,
+            config.max_length,
+        )
         if config.eval_dataset_name
         else []
     )
@@ -249,7 +258,7 @@ def check_top_k(model_path: str, k: int) -> None:
 def _ptx_loader(config: GRPOConfig, chat: Chat) -> PackedLoader | None:
     if config.ptx_kl_weight == 0:
         return None
-    rows = read_rows(config.ptx_dataset_name, kind="sft", on_bad_row=config.on_bad_row)
+    rows = read_rows(config.ptx_dataset_name, kind="sft", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
     return PackedLoader(
         sft_samples(rows, chat, config.max_length, config.overlong),
         capacity=config.max_length,

@@ -11,7 +11,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,11 @@ from rich.text import Text
 
 from nova_kernels.packing import plan_packs
 from nova_train.chat import Chat
-from nova_train.config import ConfigError, write_config
+from nova_train.config import ConfigError, fingerprint, identity
 from nova_train.datasets import Row, read_rows
 from nova_train.model import load_tokenizer
 from nova_train.samples import IGNORE_INDEX, preference_pairs, prompts, sft_samples
+from nova_train.state import claim_folder, mark_finished
 
 STATISTICS_FILE = "statistics.json"
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -47,7 +49,7 @@ class InspectDataConfig:
     max_length: int = 4096  # tokens per sample, and per pack
     rows_shown: int = 3
     tokens_shown: int = 400  # per row
-    output_dir: str | None = None  # also write statistics.json there
+    output_dir: str | None = None  # also gets statistics.json
 
     def __post_init__(self) -> None:
         if isinstance(self.dataset_name, str):
@@ -129,8 +131,13 @@ def statistics_table(title: str, statistics: TokenStatistics) -> Table:
     return table
 
 
-def coloured(chat: Chat, ids: Sequence[int], mask: Sequence[bool], limit: int) -> Text:
-    """The first `limit` tokens as text: trained on green, context dim, neighbours in alternating shades."""
+def coloured(chat: Chat, ids: np.ndarray, mask: np.ndarray, limit: int) -> Text:
+    """The first `limit` tokens as text: trained on green, context dim, neighbours in alternating shades.
+
+    Args:
+        ids: int64 [T].
+        mask: bool [T], True = trained.
+    """
     text = Text()
     start = shade = 0
     shown = [int(i) for i in ids[:limit]]
@@ -147,74 +154,106 @@ def coloured(chat: Chat, ids: Sequence[int], mask: Sequence[bool], limit: int) -
     return text
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """What was found in a data set."""
+
+    statistics: dict[str, TokenStatistics]  # by name: samples, or chosen and rejected, or prompts
+    notes: list[str]
+    examples: list[tuple[str, np.ndarray, np.ndarray]]  # title, ids int64 [T], mask bool [T]
+
+    def print(self, console: Console, chat: Chat, tokens_shown: int) -> None:
+        """Tables, notes, then the examples."""
+        for name, statistics in self.statistics.items():
+            console.print(statistics_table(name, statistics))
+        for note in self.notes:
+            console.print(Text(note))
+        for title, ids, mask in self.examples:
+            console.rule(title)
+            console.print(coloured(chat, ids, mask, tokens_shown), soft_wrap=True)
+
+
 def run(config: InspectDataConfig, *, console: Console | None = None) -> Path:
-    """Print statistics and coloured rows; returns statistics.json's folder, or the first data set's path."""
+    """Print statistics and coloured rows; returns `output_dir` if there is one, else the first data set's name."""
+    folder = None if config.output_dir is None else Path(config.output_dir)
+    if folder is not None:
+        claim_folder(config, "inspect-data")
     console = Console() if console is None else console
     chat = Chat(load_tokenizer(config.model_name_or_path))
-    rows = read_rows(
-        config.dataset_name, kind=config.kind, on_bad_row=config.on_bad_row, columns=config.dataset_columns
-    )
+    rows = _rows(config)
+    found = inspect_rows(rows, chat, config)
     console.print(_counts_table(rows))
-    report = {"sft": _inspect_sft, "preference": _inspect_preference, "prompt": _inspect_prompts}[config.kind]
-    statistics = report(rows, chat, config, console)
-    if config.output_dir is None:
+    found.print(console, chat, config.tokens_shown)
+    if folder is None:
         return Path(config.dataset_name[0])
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(config, folder / "resolved_config.yaml")
-    facts = {name: asdict(value) for name, value in statistics.items()}
-    facts["rows"] = {"count": len(rows), **{key: dict(_tally(rows, key)) for key in ("source", "category")}}
+    facts: dict[str, Any] = {name: asdict(statistics) for name, statistics in found.statistics.items()}
+    facts["rows"] = {"count": len(rows), **{key: Counter(row[key] for row in rows) for key in ("source", "category")}}
     (folder / STATISTICS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    mark_finished(folder, fingerprint(identity(config)))
     return folder
 
 
-def _inspect_sft(
-    rows: Sequence[Row], chat: Chat, config: InspectDataConfig, console: Console
-) -> dict[str, TokenStatistics]:
+def statistics_text(config: InspectDataConfig) -> str:
+    """The statistics alone as plain text, for `--dry_run`."""
+    out = StringIO()
+    chat = Chat(load_tokenizer(config.model_name_or_path))
+    found = inspect_rows(_rows(config), chat, replace(config, rows_shown=0))
+    found.print(Console(file=out, width=100, color_system=None), chat, 0)
+    return out.getvalue().rstrip()
+
+
+def inspect_rows(rows: Sequence[Row], chat: Chat, config: InspectDataConfig) -> Inspection:
+    """Statistics and examples of rows of `config.kind`."""
+    inspect = {"sft": _inspect_sft, "preference": _inspect_preference, "prompt": _inspect_prompts}[config.kind]
+    return inspect(rows, chat, config)
+
+
+def _inspect_sft(rows: Sequence[Row], chat: Chat, config: InspectDataConfig) -> Inspection:
     samples = sft_samples(rows, chat, None, on_bad_row=config.on_bad_row)
-    statistics = sample_statistics(samples, max_length=config.max_length)
-    console.print(statistics_table(f"supervised samples (masks: {chat.route})", statistics))
-    for number, sample in enumerate(samples[: config.rows_shown]):
-        _show(console, f"sample {number}", chat, sample["input_ids"], sample["labels"] != IGNORE_INDEX, config)
-    return {"samples": statistics}
+    shown = samples[: config.rows_shown]
+    return Inspection(
+        statistics={"samples": sample_statistics(samples, max_length=config.max_length)},
+        notes=[f"masks: {chat.route}"],
+        examples=[(f"sample {i}", s["input_ids"], s["labels"] != IGNORE_INDEX) for i, s in enumerate(shown)],
+    )
 
 
-def _inspect_preference(
-    rows: Sequence[Row], chat: Chat, config: InspectDataConfig, console: Console
-) -> dict[str, TokenStatistics]:
+def _inspect_preference(rows: Sequence[Row], chat: Chat, config: InspectDataConfig) -> Inspection:
     pairs = preference_pairs(rows, chat, None, on_bad_row=config.on_bad_row)
-    statistics = {}
+    statistics, notes = {}, []
     for side in ("chosen", "rejected"):
         lengths = [len(getattr(pair, side)) for pair in pairs]
         statistics[side] = token_statistics(lengths, max_length=config.max_length, packing=False)
-        console.print(statistics_table(side, statistics[side]))
         scores = [score for pair in pairs if (score := getattr(pair, f"{side}_score")) is not None]
-        console.print(
-            f"scored: {len(scores):,} of {len(pairs):,}" + (f", mean {np.mean(scores):.3f}" if scores else "")
-        )
+        mean = f", mean {np.mean(scores):.3f}" if scores else ""
+        notes.append(f"{side}: {len(scores):,} of {len(pairs):,} have a score{mean}")
+    same = sum(np.array_equal(pair.chosen, pair.rejected) for pair in pairs)
+    notes.append(f"pairs with the same text twice: {same:,}")
+    examples = []
     for number, pair in enumerate(pairs[: config.rows_shown]):
-        for side, ids in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            is_answer = np.arange(ids.size) >= (pair.prompt_length if side == "chosen" else ids.size)
-            _show(console, f"pair {number}, {side}", chat, ids, is_answer, config)
-    return statistics
+        answer = np.arange(pair.chosen.size) >= pair.prompt_length
+        examples.append((f"pair {number}, chosen", pair.chosen, answer))
+        examples.append((f"pair {number}, rejected", pair.rejected, np.zeros(pair.rejected.size, dtype=np.bool_)))
+    return Inspection(statistics=statistics, notes=notes, examples=examples)
 
 
-def _inspect_prompts(
-    rows: Sequence[Row], chat: Chat, config: InspectDataConfig, console: Console
-) -> dict[str, TokenStatistics]:
+def _inspect_prompts(rows: Sequence[Row], chat: Chat, config: InspectDataConfig) -> Inspection:
     asked = prompts(rows, chat, None, on_bad_row=config.on_bad_row)
-    statistics = token_statistics([len(p.ids) for p in asked], max_length=config.max_length, packing=False)
-    console.print(statistics_table("prompts", statistics))
-    different = len({p.key for p in asked})
-    console.print(f"different prompts: {different:,}; columns for reward functions: {', '.join(asked[0].columns)}")
-    for number, prompt in enumerate(asked[: config.rows_shown]):
-        _show(console, f"prompt {number}", chat, prompt.ids, [False] * len(prompt.ids), config)
-    return {"prompts": statistics}
+    lengths = [len(prompt.ids) for prompt in asked]
+    different = len({prompt.key for prompt in asked})
+    columns = sorted({name for prompt in asked for name in prompt.columns})
+    shown = [np.array(prompt.ids, dtype=np.int64) for prompt in asked[: config.rows_shown]]
+    return Inspection(
+        statistics={"prompts": token_statistics(lengths, max_length=config.max_length, packing=False)},
+        notes=[f"different prompts: {different:,}", f"columns for reward functions: {', '.join(columns)}"],
+        examples=[(f"prompt {i}", ids, np.zeros(ids.size, dtype=np.bool_)) for i, ids in enumerate(shown)],
+    )
 
 
-def _show(console: Console, title: str, chat: Chat, ids: Any, mask: Any, config: InspectDataConfig) -> None:
-    console.rule(title)
-    console.print(coloured(chat, ids, mask, config.tokens_shown), soft_wrap=True)
+def _rows(config: InspectDataConfig) -> list[Row]:
+    return read_rows(
+        config.dataset_name, kind=config.kind, on_bad_row=config.on_bad_row, columns=config.dataset_columns
+    )
 
 
 def _counts_table(rows: Sequence[Row]) -> Table:
@@ -222,7 +261,3 @@ def _counts_table(rows: Sequence[Row]) -> Table:
     for (source, category), count in Counter((row["source"], row["category"]) for row in rows).most_common(30):
         table.add_row(Text(source), Text(category), f"{count:,}")
     return table
-
-
-def _tally(rows: Sequence[Row], key: str) -> Counter[str]:
-    return Counter(row[key] for row in rows)

@@ -17,15 +17,14 @@ class Kind:
     module: str
     config_class: str  # a frozen dataclass; its fields are the keys
     summary: str
-    function: str = "run"  # takes the config
 
-    def load(self) -> tuple[type[Any], Callable[..., Any]]:
-        """Import the module; returns (config class, function)."""
+    def load(self) -> tuple[type[Any], Callable[[Any], Any]]:
+        """Import the module; returns its config class and its `run(config)`."""
         module = importlib.import_module(self.module)
-        return getattr(module, self.config_class), getattr(module, self.function)
+        return getattr(module, self.config_class), module.run
 
 
-# Stages write a folder: `run(config) -> Path`. They can stand in a pipeline.
+# Stages write their results into `output_dir` and return it; they can stand in a pipeline.
 STAGES = {
     "world": Kind("nova_train.stages.world", "WorldConfig", "write the embedded world: data and an untrained model"),
     "sft": Kind("nova_train.stages.sft", "SFTConfig", "supervised fine-tuning on conversations"),
@@ -35,13 +34,12 @@ STAGES = {
     "merge": Kind("nova_train.stages.merge", "MergeConfig", "merge saved models into one"),
     "pas": Kind("nova_train.stages.pas", "PASConfig", "train a prompt augmentation model"),
     "eval": Kind("nova_train.stages.eval", "EvalConfig", "score models on held-out prompts and write the report"),
+    "inspect-data": Kind("nova_train.stages.inspect_data", "InspectDataConfig", "counts, lengths and masks of data"),
 }
 
-# Commands print lines: `function(config, lines of the standard input) -> lines`.
+# Commands have no folder of their own.
 COMMANDS = {
-    "augment": Kind(
-        "nova_train.stages.augment", "AugmentConfig", "put a trained PAS model in front of prompts", "augmented_lines"
-    ),
+    "augment": Kind("nova_train.stages.augment", "AugmentConfig", "put a trained PAS model in front of prompts"),
 }
 
 

@@ -53,16 +53,10 @@ def run(config: PASConfig) -> Path:
     settings = config.settings()
 
     def make_samples(rows: Sequence[Row], chat: Chat) -> list[sft.Sample]:
+        talks = conversations(rows, settings, config.on_bad_row)
+        samples = sft_samples(talks, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
         settings.save(config.output_dir)  # the folder is this run's own by now
-        return list(
-            sft_samples(
-                conversations(rows, settings, config.on_bad_row),
-                chat,
-                config.max_length,
-                config.overlong,
-                on_bad_row=config.on_bad_row,
-            )
-        )
+        return list(samples)
 
     return sft.run(config, make_samples=make_samples, stage="pas")
 

@@ -3,8 +3,8 @@
     L = sum_pairs -log sigmoid(r_w - r_l) / pairs  +  alpha * sum_scored (r - s)^2 / (scored / 2)
 
 Every pair may have both scores, one or none (then it adds nothing to the second term); with both everywhere this is
-eq. (1). Scores are z-normalised per source on the training split. `lm_loss_weight` adds the next-token loss of the chosen
-answers, which keeps the backbone able to judge content; the head stays a plain linear map of the last token's state, so
+eq. (1). Scores are z-normalised per source on the training split. `lm_loss_weight` adds the next-token loss of the
+chosen answers, which keeps the backbone able to judge content; the head stays a plain linear map of the last token's state, so
 the saved model is an AutoModelForSequenceClassification with num_labels = 1.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nova_kernels.logprob import linear_cross_entropy
 from nova_kernels.packing import IGNORE_INDEX, PackedBatch, pack_samples
@@ -114,7 +114,7 @@ def collate_pairs(pairs: Sequence[Pair], scales: Mapping[str, ScoreScale]) -> Pa
 class PairwiseAndAbsolute:
     """The objective: terms bt (per pair), score (per two scored answers) and lm (per chosen token)."""
 
-    model: nn.Module
+    model: PreTrainedModel
     head_weight: Tensor | None  # LM head for the lm term; None: the (tied) input embeddings
     weights: Mapping[str, float]
 
@@ -212,7 +212,7 @@ def as_json(scale: ScoreScale) -> dict[str, float]:
 
 
 def _read_pairs(names: Sequence[str], chat: Chat, config: RewardConfig) -> list[Pair]:
-    rows = read_rows(names, kind="preference", on_bad_row=config.on_bad_row)
+    rows = read_rows(names, kind="preference", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
     return preference_pairs(rows, chat, config.max_length, config.overlong)
 
 

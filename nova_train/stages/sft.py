@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from nova_kernels.logprob import linear_cross_entropy
 from nova_kernels.packing import PackedBatch
 from nova_train import loop
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
-from nova_train.datasets import read_rows
+from nova_train.datasets import Row, read_rows
 from nova_train.loader import PackedLoader
 from nova_train.losses import next_token_targets
 from nova_train.model import check_head, hidden_states, lm_head, load_causal_lm, load_tokenizer
 from nova_train.samples import sft_samples
 
-Row = dict[str, Any]
 Sample = Mapping[str, Any]
 MakeSamples = Callable[[Sequence[Row], Chat], list[Sample]]
 
@@ -50,7 +49,7 @@ class SFTConfig(TrainConfig):
 class NextToken:
     """The objective: cross-entropy of assistant tokens."""
 
-    model: nn.Module
+    model: PreTrainedModel
     weights: Mapping[str, float]
 
     def counts(self, batch: PackedBatch) -> Mapping[str, float]:
@@ -77,7 +76,12 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
     chat = Chat(tokenizer)
 
     def samples_of(names: Sequence[str]) -> list[Sample]:
-        rows = read_rows(names, kind="sft" if make_samples is None else "rows", on_bad_row=config.on_bad_row)
+        rows = read_rows(
+            names,
+            kind="sft" if make_samples is None else "rows",
+            on_bad_row=config.on_bad_row,
+            columns=config.dataset_columns,
+        )
         if make_samples is not None:
             return make_samples(rows, chat)
         return list(sft_samples(rows, chat, config.max_length, config.overlong))

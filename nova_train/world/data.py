@@ -74,7 +74,8 @@ def augmentation_rows(count: int, rng: Random) -> Iterator[Row]:
     known = [cue for cue in cues.cues() if cue.kind == "train"]
     for category, place in zip(cycle(CATEGORIES), range(count), strict=False):
         question, cue = _question(category, TRAIN, rng), rng.choice(known)
-        prompt, form, keywords = pose_with_cue(question, cue.text, cue.form, rng).prompt, cue.form, ()
+        prompt, form = pose_with_cue(question, cue.text, cue.form, rng).prompt, cue.form
+        keywords: tuple[str, ...] = ()
         if place % _WITH_KEYWORDS == 0:
             form = rng.choice(cues.FAMILIES)
             keywords = cues.KEYWORDS[form]

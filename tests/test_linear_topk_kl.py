@@ -1,0 +1,121 @@
+"""topk_kl from hidden states: the chunk walk against the definition, its bits and its memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nova_kernels import lm_head
+from nova_kernels.topk_kl import linear_topk_kl_div, linear_topk_select
+from numerics import OpWatch
+
+DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
+TAILS = pytest.mark.parametrize("tail", ["none", "bucket"])
+MASK = torch.tensor([True, True, False, True, False, True, True, True, False, True, True])
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(lm_head.CHUNK_ELEMENTS, "cpu", 4 * 37)
+
+
+def make_head(dtype: torch.dtype = torch.float64, num_rows: int = 11) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Policy hidden, weight, bias, and the reference's hidden."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((num_rows, 6), (41, 6), (41,), (num_rows, 6))
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return tensors[0].requires_grad_(), tensors[1].requires_grad_(), tensors[2].requires_grad_(), tensors[3]
+
+
+@DIRECTIONS
+@TAILS
+@pytest.mark.parametrize(("softcap", "temperature", "mask"), [(None, 1.0, None), (2.0, 0.7, MASK), (None, 1.3, MASK)])
+def test_linear_equals_definition(
+    small_chunks: None, direction: str, tail: str, softcap: float | None, temperature: float, mask: Tensor | None
+) -> None:
+    hidden, weight, bias, ref_hidden = make_head()
+    head = {"bias": bias, "softcap": softcap, "vocab_size": 37, "temperature": temperature, "mask": mask}
+    tops = [linear_topk_select(ref_hidden, weight, 8, backend=b, **head) for b in ("dense", "reference")]
+    assert torch.equal(tops[0].ids, tops[1].ids) and not tops[0].values.requires_grad
+    torch.testing.assert_close(tops[0].values, tops[1].values)
+    torch.testing.assert_close(tops[0].lse, tops[1].lse)
+    results = []
+    for backend in ("dense", "reference"):
+        kl = linear_topk_kl_div(hidden, weight, tops[0], direction=direction, tail=tail, backend=backend, **head)
+        upstream = torch.linspace(0.5, 1.5, 11, dtype=torch.float64)
+        results.append((kl, *torch.autograd.grad((kl * upstream).sum(), [hidden, weight, bias])))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    if mask is not None:
+        assert not results[0][0][~mask].any() and not results[0][1][~mask].any()
+        assert (tops[0].ids[~mask] == -1).all() and (tops[0].lse[~mask] == -math.inf).all()
+
+
+@DIRECTIONS
+@TAILS
+def test_linear_gradcheck(small_chunks: None, direction: str, tail: str) -> None:
+    hidden, weight, bias, ref_hidden = make_head(num_rows=5)
+    options = {"softcap": 3.0, "temperature": 0.8}
+    ref = linear_topk_select(ref_hidden, weight, 6, bias=bias, **options)
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_topk_kl_div(hidden, weight, ref, bias=bias, direction=direction, tail=tail, **options)
+
+    assert torch.autograd.gradcheck(run, (hidden, weight, bias))
+
+
+@DIRECTIONS
+@TAILS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_linear_kl_of_a_model_with_itself_is_zero(
+    small_chunks: None, dtype: torch.dtype, direction: str, tail: str
+) -> None:
+    hidden, weight, bias, _ = make_head(dtype)
+    for mask in (None, MASK):
+        head = {"bias": bias, "softcap": 2.0, "temperature": 0.7, "mask": mask}
+        ref = linear_topk_select(hidden, weight, 8, **head)
+        kl = linear_topk_kl_div(hidden, weight, ref, direction=direction, tail=tail, **head)
+        assert (kl == 0).all()
+        assert not any(g.any() for g in torch.autograd.grad(kl.sum(), [hidden, weight, bias]))
+        with torch.no_grad():
+            assert torch.equal(kl, linear_topk_kl_div(hidden, weight, ref, direction=direction, tail=tail, **head))
+
+
+@TAILS
+def test_linear_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tail: str) -> None:
+    monkeypatch.setitem(lm_head.CHUNK_ELEMENTS, "cpu", 2000)
+    hidden, weight = torch.randn(300, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
+    with OpWatch() as seen:
+        ref = linear_topk_select(hidden, weight, 5)
+        linear_topk_kl_div(hidden, weight, ref, tail=tail).sum().backward()
+    assert seen.elements == 2000  # hidden has 1200 elements, [N, V] would have 30,000
+
+
+def test_linear_frozen_weight_and_empty_input() -> None:
+    hidden, weight, _, ref_hidden = make_head()
+    ref = linear_topk_select(ref_hidden, weight, 8)
+    full = torch.autograd.grad(linear_topk_kl_div(hidden, weight, ref).sum(), [hidden, weight])
+    (alone,) = torch.autograd.grad(linear_topk_kl_div(hidden, weight.detach(), ref).sum(), hidden)
+    assert torch.equal(alone, full[0])
+    (alone,) = torch.autograd.grad(linear_topk_kl_div(hidden.detach(), weight, ref).sum(), weight)
+    assert torch.equal(alone, full[1])
+    nothing = linear_topk_kl_div(hidden[:0], weight, linear_topk_select(hidden[:0], weight, 8))
+    assert nothing.shape == (0,)
+    kl = linear_topk_kl_div(hidden, weight, ref, mask=torch.zeros(11, dtype=torch.bool))
+    assert not kl.any() and not torch.autograd.grad(kl.sum(), hidden)[0].any()
+
+
+def test_linear_refusals() -> None:
+    hidden, weight, _, _ = make_head()
+    ref = linear_topk_select(hidden, weight, 8)
+    with pytest.raises(ValueError, match="linear_topk_select: k must not exceed the vocabulary of 37, got 40"):
+        linear_topk_select(hidden, weight, 40, vocab_size=37)
+    with pytest.raises(ValueError, match=r"linear_topk_select: expected mask bool \[11\], got torch.bool \[3\]"):
+        linear_topk_select(hidden, weight, 8, mask=MASK[:3])
+    with pytest.raises(ValueError, match=r"linear_topk_kl_div: expected a reference with rows \[4\], got \[11\]"):
+        linear_topk_kl_div(hidden[:4], weight, ref)
+    with pytest.raises(ValueError, match="unknown backend 'union'"):
+        linear_topk_kl_div(hidden, weight, ref, backend="union")
