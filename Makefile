@@ -48,7 +48,7 @@ lint: .venv/installed-dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 docs-check: .venv/installed-dev
 	$(BIN)/pytest -n 0 tests/test_docs.py

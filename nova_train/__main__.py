@@ -59,16 +59,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         _run(command, rest)
-    except (KeyboardInterrupt, *_loaded("nova_train.loop", "Interrupted")) as error:
-        print(f"nova-train {command}: {str(error) or 'interrupted'}", file=sys.stderr)
-        print(f"continue with: nova-train {shlex.join(words)}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt:
+        return _interrupted("interrupted", words)
+    except _loaded("nova_train.loop", "Interrupted") as error:
+        return _interrupted(str(error), words)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "--traceback" in words:
             raise
         print(f"nova-train {command}: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _interrupted(message: str, words: Sequence[str]) -> int:
+    print(f"nova-train {words[0]}: {message}", file=sys.stderr)
+    print(f"continue with: nova-train {shlex.join(words)}", file=sys.stderr)
+    return 130
 
 
 def overview() -> str:
@@ -131,7 +137,8 @@ def _print_keys(program: str, summary: str, config_class: type[Any]) -> None:
 
     try:
         tyro.cli(
-            tyro.conf.FlagConversionOff[config_class],
+            config_class,
+            config=(tyro.conf.FlagConversionOff,),
             prog=f"{program} [recipe.yaml]",
             description=f"{summary[0].upper()}{summary[1:]}.",
             args=["--help"],

@@ -160,7 +160,8 @@ def build_config(cls: type[ConfigT], values: Mapping[str, object], *, where: str
     if missing:
         raise ConfigError(f"{where}: {stage_name(cls)} needs {', '.join(missing)}; give it in the recipe or as a flag")
     if {"global_batch_size", "gradient_accumulation_steps"} <= fields.keys():
-        _derive_accumulation(coerced, fields["per_device_train_batch_size"].default, where)
+        per_device = coerced.get("per_device_train_batch_size", fields["per_device_train_batch_size"].default)
+        _derive_accumulation(coerced, per_device, where)
     try:
         return cls(**coerced)
     except ValueError as error:
@@ -263,7 +264,7 @@ class _RecipeLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if isinstance(key, (str, int)) and key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark
@@ -281,12 +282,11 @@ def _without_stage(cls: type, values: Mapping[str, object], where: str) -> dict[
     return rest
 
 
-def _derive_accumulation(values: dict[str, Any], default_per_device: int, where: str) -> None:
+def _derive_accumulation(values: dict[str, Any], per_device: Any, where: str) -> None:
     """With `global_batch_size` alone, accumulation = global / per device."""
     total = values.get("global_batch_size")
     if total is None or values.get("gradient_accumulation_steps") is not None:
         return
-    per_device = values.get("per_device_train_batch_size", default_per_device)
     if per_device <= 0 or total % per_device:
         raise ConfigError(
             f"{where}: global_batch_size {total} is not a multiple of per_device_train_batch_size {per_device}"

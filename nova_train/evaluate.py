@@ -84,7 +84,9 @@ def estimate(
 def category_estimates(values: Sequence[float] | np.ndarray, categories: Sequence[str]) -> dict[str, Estimate]:
     """The mean of each category, in the order of first appearance."""
     x = np.asarray(values, dtype=np.float64)
-    chosen = {name: [i for i, category in enumerate(categories) if category == name] for name in categories}
+    chosen = {
+        name: [i for i, category in enumerate(categories) if category == name] for name in dict.fromkeys(categories)
+    }
     return {name: estimate(x[places]) for name, places in chosen.items()}
 
 

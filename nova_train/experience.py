@@ -1,6 +1,6 @@
 """Experience for GRPO: prompts -> n answers each -> scores -> advantages -> packed rows with the reference's top-K.
 
-A rollout is used for `num_iterations` optimiser steps. Old log-probabilities and the KL-to-go are those of the trainer's
+"""Experience for GRPO: prompts -> n answers each -> scores -> advantages -> packed rows with the reference top-K.
 own forward at the first of them, over the very packs of the update, so the ratio is exactly 1 there and the KL of a
 model with itself exactly 0. Generation is seeded per (run, rollout, answer): it does not depend on batching.
 """

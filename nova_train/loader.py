@@ -51,7 +51,7 @@ class _EpochLoader(ABC, Generic[UnitT, BatchT]):
             raise DataError(f"{name}: empty data set: nothing to load")
         self.steps_per_epoch = math.ceil(len(self._units) / per_step)
         self._per_step, self._per_micro_batch = per_step, per_micro_batch
-        # 1e-9: 1.1 epochs of 10 steps are 11 steps, although 1.1 * 10 > 11 in floating point.
+        # 1e-9: 0.07 epochs of 100 steps are 7 steps, although 0.07 * 100 > 7 in floating point.
         self._total = max_steps or (None if epochs is None else math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._identity = identity
         self._step = 0

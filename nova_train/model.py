@@ -49,7 +49,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_causal_lm(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
-    """A causal LM with varlen attention attached, dropout off, and (if trained) activation checkpointing as configured."""
+    """A causal LM with varlen attention, dropout off, and (if trained) activation checkpointing as configured."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
     _attach(model, config, frozen=frozen)
     return model

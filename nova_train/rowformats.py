@@ -149,11 +149,11 @@ def _chosen_rejected(row: Row) -> dict[str, Any]:
             chosen, rejected = _transcript(chosen), _transcript(rejected)
         elif prompt is not None and not isinstance(prompt, str):
             chosen, rejected = _reply(chosen), _reply(rejected)
-    elif prompt is not None:
+    elif isinstance(prompt, str) and not isinstance(chosen, str):
         # Some sets repeat the prompt beside whole conversations.
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if all(answer[0]["role"] != "assistant" and answer[: len(prompt)] == prompt for answer in (chosen, rejected)):
-            prompt = None
+        prompt = [{"role": "user", "content": prompt}] if chosen[0]["role"] == "assistant" else None
+    elif prompt is not None and chosen[: len(prompt)] == prompt == rejected[: len(prompt)]:
+        prompt = None
     answers: dict[str, str | list[dict[str, str]]] = {"chosen": chosen, "rejected": rejected}
     for name, answer in answers.items():
         if not isinstance(answer, str) and answer[-1]["role"] != "assistant":

@@ -14,7 +14,8 @@ TEXTS += [
     "日本語の文",
     "naïve café",
     "one\ntwo\n\nthree",
-    "  indented <|b|>",
+    "  indented",
+    "a<|b|>c",
     "[INST] go [/INST]",
 ]
 

@@ -145,12 +145,3 @@ def test_a_pipeline_runs_from_the_command_line(tmp_path: Path, capsys: pytest.Ca
     assert "# [1/1] a: toy (to do)" in capsys.readouterr().out
     assert main(["pipeline", str(recipe), "--until", "b"]) == 2
     assert "--until: unknown stage 'b'" in capsys.readouterr().err
-
-
-def test_env_reports_versions_and_threads(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["env"]) == 0
-    shown = capsys.readouterr().out
-    lines = dict(line.split(maxsplit=1) for line in shown.splitlines())
-    assert lines["torch"] == __import__("torch").__version__
-    assert "usable" in lines["cpu"]
-    assert {"python", "transformers", "NOVA_KERNELS_BACKEND", "flash-attn"} <= lines.keys()

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import tiny
 from nova_train import augment
 from nova_train.augment import PASSettings, PromptAugmenter, append_complement, count_words, cut_to_words, pas_prompt
 from nova_train.chat import Chat

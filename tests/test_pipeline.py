@@ -106,6 +106,13 @@ def test_a_stage_that_did_not_finish_runs_again(tmp_path: Path) -> None:
     assert RUNS == ["a", "b", "c", "c"]
 
 
+def test_a_stage_that_made_nothing_may_start_again_with_other_keys(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="crash"):
+        pipeline.run_pipeline(plan(tmp_path, TWO_PARENTS.replace("text: C", "text: crash")))
+    pipeline.run_pipeline(plan(tmp_path))
+    assert RUNS == ["a", "b", "c", "c", "d"]
+
+
 def test_from_and_until_bound_the_run(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="--from c: stage 'a' before it is not finished"):
         pipeline.run_pipeline(plan(tmp_path), first="c")

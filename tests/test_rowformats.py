@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ PAIR = {"prompt": [USER], "chosen": [REPLY], "rejected": [{"role": "assistant", 
             {"prompt": "q", "chosen": [USER, REPLY], "rejected": [USER, REPLY]},
             {"prompt": None, "chosen": [USER, REPLY]},
             id="prompt-repeated",
+        ),
+        pytest.param(
+            {"prompt": [USER], "chosen": [USER, REPLY], "rejected": [USER, REPLY]},
+            {"prompt": None, "chosen": [USER, REPLY]},
+            id="turns-repeated",
         ),
         pytest.param(
             {
@@ -281,3 +287,15 @@ def test_a_bad_row_is_skipped_on_request(
         rows = read_rows([path], kind=kind, on_bad_row="skip")
     assert [row.place for row in rows] == [f"{path}:2", f"{path}:4"]
     assert "skipped 2 bad rows, kept 2" in caplog.text and f"skipped: {path}:3: " in caplog.text
+
+
+PAGE = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+KINDS = {"`sft`": "sft", "`reward`": "preference", "`grpo`": "prompt", "ShareGPT": "sft", "alpaca": "sft"}
+KINDS |= {"two outputs": "preference", "transcripts": "preference"}
+EXAMPLES = re.findall(r"^\| ([^|,]+)[^|]* \| `(\{.+?\})` \|", PAGE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "row"), EXAMPLES)
+def test_the_rows_of_the_page_are_read(tmp_path: Path, name: str, row: str) -> None:
+    assert len(EXAMPLES) == 10
+    assert one(tmp_path, row, KINDS[name])

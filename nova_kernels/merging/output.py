@@ -59,7 +59,7 @@ def write_shard(path: Path, infos: Mapping[str, TensorInfo], pieces: Iterable[Te
 
 def _write_bytes(file: IO[bytes], tensor: Tensor) -> None:
     flat = tensor.detach().cpu().contiguous().view(-1)
-    file.write(memoryview(flat.view(torch.uint8).numpy()))
+    file.write(flat.view(torch.uint8).numpy().data)
 
 
 def write_index(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
@@ -86,8 +86,8 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether a folder has a config or weights in it."""
-    return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
+    """Whether a folder opens as a model; weights alone are what an interrupted merge leaves."""
+    return (folder / "config.json").exists()
 
 
 def publish(built: Path, out: Path) -> None:
@@ -102,7 +102,7 @@ def publish(built: Path, out: Path) -> None:
         built.rename(out)
         return
     (out / "config.json").unlink(missing_ok=True)
-    for old in [*out.glob("*.safetensors"), out / INDEX]:
+    for old in [*out.glob("model*.safetensors"), out / INDEX]:
         old.unlink(missing_ok=True)
     for path in sorted(built.iterdir(), key=lambda path: path.name == "config.json"):
         path.replace(out / path.name)

@@ -81,8 +81,8 @@ def resolve_weights(method: str, count: int, weights: Sequence[float] | None, no
     total = math.fsum(weights)
     if method == "linear" and normalize is None and abs(total - 1) > 1e-6:
         raise ValueError(
-            f"linear: weights {list(weights)} sum to {total:g}, not 1; pass normalize=True to divide them by their sum, "
-            "or normalize=False to take them as they are"
+            f"linear: weights {list(weights)} sum to {total:g}, not 1; pass normalize=True to divide them by "
+            "their sum, or normalize=False to take them as they are"
         )
     if not normalize:
         return [float(weight) for weight in weights]

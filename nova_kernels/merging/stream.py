@@ -106,7 +106,7 @@ def merge_state(
             out=folder,
             num_tensors=len(names),
             num_bytes=sum(info.num_bytes for info in _plan(merge, names, dtype).values()),
-            left_out=tuple(name for name in models[0].tensors if name not in names),
+            left_out=tuple(sorted({name for model in models for name in model.tensors} - set(names))),
             weights=tuple(factors),
         )
         building = folder.parent / f".{folder.name}.merging"

@@ -5,7 +5,7 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
     weights          (P + F) b
     gradients        P b
     optimiser        2 (P - M) b + M b                        AdamW keeps two moments, Muon one
-    logits chunk     2 * 4 * min(tokens * V, chunk limit)     logits and their gradient in fp32
+    logits chunk     2 * 4 * V min(tokens, rows of a chunk)   logits and their gradient in fp32
 
 Activations come on top: they depend on `segments` and on the attention backend.
 """
@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
+from nova_kernels.lm_head import chunk_rows
 from nova_train.chat import Chat
 from nova_train.config import TrainConfig, resolved_text, stage_name
 from nova_train.datasets import Kind, read_rows
@@ -34,7 +35,6 @@ _KINDS: dict[str, Literal["sft", "preference", "prompt"]] = {
     "reward": "preference",
     "grpo": "prompt",
 }
-_CHUNK_LIMIT = {"cpu": 2**22, "cuda": 2**27}  # logits held at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,9 +89,9 @@ def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
         named = list(model.named_parameters())
         names = _muon_names(model, named)
         muon = sum(p.numel() for name, p in named if name in names)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = config.per_device_train_batch_size * config.max_length
-    elements = min(tokens * model.config.vocab_size, _CHUNK_LIMIT[device])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vocabulary: int = model.config.vocab_size
+    logits = min(config.per_device_train_batch_size * config.max_length, chunk_rows(vocabulary, device)) * vocabulary
 
     def part(name: str, times: int, parameters: int) -> MemoryPart:
         formula = f"{times} x {parameters:,} parameters x {size} bytes"
@@ -103,9 +103,7 @@ def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
         part("gradients", 1, trained),
         part("AdamW", 2, trained - muon),
         part("Muon", 1, muon),
-        MemoryPart(
-            name="logits chunk", num_bytes=8 * elements, formula=f"2 x {elements:,} elements x 4 bytes ({device})"
-        ),
+        MemoryPart(name="logits chunk", num_bytes=8 * logits, formula=f"2 x {logits:,} logits x 4 bytes"),
     ]
     return [line for line in parts if line.num_bytes]
 
@@ -113,27 +111,23 @@ def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
 def memory_text(parts: list[MemoryPart]) -> str:
     """The estimate as aligned lines with its sum."""
     total = MemoryPart(name="sum", num_bytes=sum(part.num_bytes for part in parts), formula="and activations on top")
-    return "\n".join(
-        f"{part.name:<14} {_size(part.num_bytes):>12}   {part.formula}" for part in [*parts, total]
-    )
+    return "\n".join(f"{part.name:<14} {_size(part.num_bytes):>12}   {part.formula}" for part in [*parts, total])
 
 
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} {unit}"
+def _size(num_bytes: int) -> str:
+    """Bytes with a unit that leaves one to four digits before the point."""
+    power = min((max(num_bytes, 1).bit_length() - 1) // 10, 4)
+    return f"{num_bytes / 2 ** (10 * power):,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
-def _without_memory(path: str, *, reward_head: bool) -> nn.Module:
+def _without_memory(path: str, *, reward_head: bool) -> PreTrainedModel:
     """The model's shapes, on the meta device."""
     config = AutoConfig.from_pretrained(path)
     if reward_head:
         config.num_labels = 1
     family = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     with torch.device("meta"):
-        model: nn.Module = family.from_config(config)
+        model: PreTrainedModel = family.from_config(config)
     return model
 
 

@@ -91,6 +91,8 @@ class EvalConfig:
         wanted = (augmenter.answer_models or []) if augmenter is not None else []
         if missing := [n for n in wanted if n not in self.models]:
             raise ConfigError(f"augmenter.answer_models: {missing[0]!r} is not under models {list(self.models)}")
+        if cold := [t for t in self.temperatures if t < 0]:
+            raise ConfigError(f"temperatures must be at least 0 (greedy), got {cold[0]}")
         for key in ("samples_per_prompt", "max_length", "max_completion_length", "batch_size", "num_threads"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")

@@ -53,15 +53,15 @@ class WorldConfig:
     pas_heldout_prompts: int = 960
 
     format_request_rate: float = 0.8  # of prompts; the others want a plain answer
-    long_request_rate: float = 0.18  # of requests: one sentence of 25 to 30 words instead of a short phrase
-    remark_rate: float = 0.15  # of prompts: a remark that does not matter
+    long_request_rate: float = 0.1  # of requests: one sentence of 25 to 30 words instead of a short phrase
+    remark_rate: float = 0.08  # of prompts: a remark that does not matter
     wrong_answer_rate: float = 0.04  # of SFT answers
-    format_obedience_rate: float = 0.4  # of SFT answers to prompts that request a format; the others are plain
+    format_obedience_rate: float = 0.3  # of SFT answers to prompts that request a format; the others are plain
 
     hidden_size: int = 128
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    intermediate_size: int = 512
+    intermediate_size: int = 320
     max_position_embeddings: int = 512  # tokens
     initializer_range: float = 0.05  # standard deviation of the random weights
 

@@ -5,14 +5,16 @@
 
 Every answer is one run of letters or digits. A question says nothing about the form of the answer (formats.py).
 
-    add      a + b                               operands up to 6, 12, 20
-    sub      a - b >= 0                          operands up to 6, 12, 20
-    count    how often a letter is in a word     words of 4, 5, 6 letters
+    add      a + b                               operands up to 5, 9, 12
+    sub      a - b >= 0                          operands up to 5, 9, 12
+    count    how often a letter is in a word     words of 3, 4, 5 letters
     compare  the larger of two numbers           up to 20, up to 99, less than 10 apart
     sort     the letters of a word in order      words of 3, 4, 5 letters
     reverse  a word backwards                    words of 3, 4, 5 letters
     upper    a word in capitals                  words of 3, 4, 5 letters
     weekday  n days after a weekday              n in 2-3, 4-5, 6-7
+
+Words are made of twelve letters: enough for thousands of them, few enough for a small model to learn each one.
 """
 
 from __future__ import annotations
@@ -53,8 +55,8 @@ CATEGORIES = tuple(PHRASINGS)
 NUMBERS = CATEGORIES[:4]
 WORDS = CATEGORIES[4:]
 
-_VOWELS = "aeiou"
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_VOWELS = "aeio"
+_LETTERS = "abdeilmnorst"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,19 +94,19 @@ _Drawn = tuple[dict[str, object], str, tuple[str, ...]]
 
 
 def _add(difficulty: int, rng: Random) -> _Drawn:
-    top = (6, 12, 20)[difficulty - 1]
+    top = (5, 9, 12)[difficulty - 1]
     a, b = rng.randint(1, top), rng.randint(1, top)
     return {"a": a, "b": b}, str(a + b), ()
 
 
 def _sub(difficulty: int, rng: Random) -> _Drawn:
-    top = (6, 12, 20)[difficulty - 1]
+    top = (5, 9, 12)[difficulty - 1]
     a, b = sorted((rng.randint(1, top), rng.randint(1, top)), reverse=True)
     return {"a": a, "b": b}, str(a - b), ()
 
 
 def _count(difficulty: int, rng: Random) -> _Drawn:
-    length = 3 + difficulty
+    length = 2 + difficulty
     times = rng.randint(0, 3)
     letter = rng.choice(_LETTERS)
     others = [c for c in _pseudo_word(length + 1, rng) if c != letter]
