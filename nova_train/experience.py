@@ -1,8 +1,8 @@
 """Experience for GRPO: prompts -> n answers each -> scores -> advantages -> packed rows with the reference's top-K.
 
-"""Experience for GRPO: prompts -> n answers each -> scores -> advantages -> packed rows with the reference top-K.
-own forward at the first of them, over the very packs of the update, so the ratio is exactly 1 there and the KL of a
-model with itself exactly 0. Generation is seeded per (run, rollout, answer): it does not depend on batching.
+A rollout is used for `num_iterations` optimiser steps. Old log-probabilities and the KL-to-go are those of the
+trainer's own forward at the first of them, over the very packs of the update, so the ratio is exactly 1 there and the
+KL of a model with itself exactly 0. Generation is seeded per (run, rollout, answer), whatever the batching.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,13 +128,15 @@ def test_a_second_backward_computes_again() -> None:
         assert_same(torch.autograd.grad(loss, list(model.parameters())), first)
 
 
-def test_hidden_states_changed_between_layers_begin_a_segment() -> None:
-    layers, hidden = list(make_stack(4).layers), torch.randn(2, WIDTH)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_hidden_states_changed_between_layers_begin_a_segment(dropout: float) -> None:
+    layers, hidden = list(make_stack(4, dropout=dropout).layers), torch.randn(2, WIDTH)
 
     def run() -> list[Tensor]:
+        torch.manual_seed(8)
         x = hidden
         for index, layer in enumerate(layers):
-            x = layer(x) if index != 2 else layer(x * 1.5)
+            x = layer(x) if index != 2 else layer(nn.functional.dropout(x, dropout) * 1.5)
         return list(torch.autograd.grad(x.square().sum(), [p for layer in layers for p in layer.parameters()]))
 
     expected = run()
@@ -195,6 +199,8 @@ def test_only_boundaries_outlive_the_forward() -> None:
             kept, peak = memory(model)
         assert kept < 12 / size
         assert peak < plain_peak
+    with checkpoint_segments(model, 12):
+        assert memory(model)[1] < plain_peak + 2  # what is computed again goes as backward uses it
     with checkpoint_segments(model, uniform_segments(12, 4.0)):
         assert memory(model)[1] < 0.6 * plain_peak
 
@@ -250,8 +256,13 @@ def test_a_failed_forward_leaves_nothing_behind() -> None:
     model, hidden = make_stack(4), torch.randn(2, WIDTH)
     expected = gradients(model, hidden)
     with checkpoint_segments(model, 2):
-        with pytest.raises(TypeError):
-            model.layers[1](model.layers[0](hidden), wrong=1)
+        boundary = hidden.clone()
+        alive = weakref.ref(boundary)
+        with pytest.raises(TypeError, match="wrong"):
+            model.layers[1](model.layers[0](boundary), wrong=1)
+        del boundary
+        gc.collect()
+        assert alive() is None
         assert_same(gradients(model, hidden), expected)
 
 

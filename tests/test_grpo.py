@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from nova_train import loop
 from nova_train.chat import Chat
 from nova_train.config import ConfigError

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from nova_kernels.packing import pack_samples
 from nova_train import loop, state
 from nova_train.chat import Chat

@@ -313,6 +313,26 @@ def test_a_folder_in_use_keeps_what_is_not_a_model(tmp_path: Path) -> None:
     assert (out / "resolved_config.yaml").exists()
 
 
+def test_an_interrupted_replacement_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, _ = save_models(tmp_path, count=2)
+    out = merge_state("linear", sources, tmp_path / "out").out
+    (out / "notes.txt").write_text("mine")
+    replace = Path.replace
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.name == "model.safetensors.index.json":
+            raise KeyboardInterrupt("stop")
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge_state("linear", sources, out, overwrite=True)
+    assert (out / "notes.txt").exists() and not (out / "config.json").exists()
+    merge_state("linear", sources, out)
+    AutoModelForCausalLM.from_pretrained(out)
+
+
 def break_config(source: Path, key: str, value: Any) -> None:
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {key: value}))

@@ -66,6 +66,7 @@ def test_the_lower_bound_is_never_above_the_optimum(lengths: list[int], capacity
         pytest.param([6, 6, 6], 10, 3, id="above-half-never-share"),
         pytest.param([7, 7, 4, 4], 10, 3, id="long-ones-leave-no-room"),
         pytest.param([5, 5, 5], 10, 2, id="exactly-half-shares"),
+        pytest.param([80, 80, 80, 60, 45, 45], 100, 5, id="no-room-beside-the-long-ones"),
         pytest.param([10], 10, 1, id="full"),
         pytest.param([], 10, 0, id="nothing"),
     ],

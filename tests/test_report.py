@@ -20,6 +20,7 @@ from nova_train.augment import PASSettings
 from nova_train.config import ConfigError, build_config
 from nova_train.evaluate import estimate, evaluate_model
 from nova_train.model import give_own_pad_token, load_tokenizer
+from nova_train.plots import draw
 from nova_train.report import Comparison, Table, comparisons, pool, write_report
 from nova_train.samples import Prompt
 from nova_train.stages.eval import EvalConfig, run
@@ -129,6 +130,11 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     text = write_report(tmp_path, made).read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.glob("curve-*.png")) == ["curve-grpo.png", "curve-sft.png"]
     assert "](curve-grpo.png)" in text
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    assert draw(tmp_path, {"temperatures": [], "models": {}, "categories": [], "reward_model": None}) == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import tiny
 
 COMMON = [
@@ -17,8 +18,8 @@ COMMON = [
 ]  # fmt: skip
 STAGES = {
     "sft": ["sft", "--dataset_name", "sft.jsonl", "--gradient_accumulation_steps", "2"],
-    "reward": ["reward", "--dataset_name", "pairs.jsonl", "--gradient_accumulation_steps", "2", "--num_train_epochs", "9",
-               "--per_device_train_batch_size", "2", "--lm_loss_weight", "0.1"],
+    "reward": ["reward", "--dataset_name", "pairs.jsonl", "--gradient_accumulation_steps", "2",
+               "--num_train_epochs", "9", "--per_device_train_batch_size", "2", "--lm_loss_weight", "0.1"],
     "grpo": ["grpo", "--dataset_name", "prompts.jsonl", "--reward_funcs", "rewards.py:length", "--kl_top_k", "32",
              "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--num_iterations", "2",
              "--max_completion_length", "6", "--ptx_dataset_name", "sft.jsonl", "--ptx_kl_weight", "0.1",

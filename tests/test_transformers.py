@@ -120,9 +120,10 @@ def test_boundaries_from_positions_and_positions_from_boundaries() -> None:
     everything = batch.attention_kwargs()
     with use_varlen_attention(model), torch.no_grad():
         expected = model(input_ids=batch.input_ids, **everything).logits
-        by_position = model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
-        by_boundary = model(input_ids=batch.input_ids, cu_seq_lens_q=batch.cu_seqlens).logits
-    assert torch.equal(expected, by_position) and torch.equal(expected, by_boundary)
+        by_position = model(input_ids=batch.input_ids, position_ids=batch.position_ids)
+        by_boundary = model(input_ids=batch.input_ids, cu_seq_lens_q=batch.cu_seqlens)
+    assert torch.equal(expected, by_position.logits) and torch.equal(expected, by_boundary.logits)
+    assert by_position.past_key_values is None
 
 
 def test_rows_of_a_batch_are_sequences() -> None:

@@ -74,6 +74,7 @@ def write_index(folder: Path, infos: Mapping[str, TensorInfo]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Readable JSON in the order given."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

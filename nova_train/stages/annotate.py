@@ -68,13 +68,9 @@ def run(config: AnnotateConfig) -> Path:
     if state.finished_fingerprint(folder) is not None:
         return folder
     torch.set_num_threads(config.num_threads)
-    tokenizer = load_tokenizer(config.model_name_or_path)
-    chat = Chat(tokenizer)
-    asked = prompts(
-        read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns),
-        chat,
-        config.max_length,
-    )
+    chat = Chat(load_tokenizer(config.model_name_or_path))
+    rows = read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
+    asked = prompts(rows, chat, config.max_length, on_bad_row=config.on_bad_row)
     n = config.num_generations
     repeated = [prompt for prompt in asked for _ in range(n)]
     completions = generate(
@@ -82,7 +78,7 @@ def run(config: AnnotateConfig) -> Path:
         [prompt.ids for prompt in repeated],
         seeds=[sampling_seed(config.seed, prompt.key, i % n) for i, prompt in enumerate(repeated)],
         end_ids=[chat.end_of_turn_id],
-        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_of_turn_id,
+        pad_id=chat.end_of_turn_id,
         max_new_tokens=config.max_completion_length,
         temperature=config.temperature,
         batch_size=config.batch_size,

@@ -32,7 +32,7 @@ from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import read_rows
 from nova_train.evaluate import mean_rewards
-from nova_train.experience import Experience, ExperienceOptions, Metrics, PTXBatch, RolloutBatch
+from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch
 from nova_train.loader import PackedLoader, ShuffledLoader
 from nova_train.losses import clipped_policy_loss, next_token_targets
 from nova_train.model import check_head, hidden_states, lm_head, load_causal_lm, load_tokenizer
@@ -174,61 +174,32 @@ def run(config: GRPOConfig) -> Path:
     start = loop.begin(config, "grpo")
     if start.finished:
         return Path(config.output_dir)
-    tokenizer = load_tokenizer(source)
-    chat = Chat(tokenizer)
+    chat = Chat(load_tokenizer(source))
     policy = load_causal_lm(start.model_path(source), config)
     check_head(policy)
-    ref_policy = load_causal_lm(source, config, frozen=True)
     judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat)
-    rows = read_rows(config.dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
     loader = ShuffledLoader(
-        prompts(rows, chat, config.max_length),
+        _prompts(config.dataset_name, config, chat),
         per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
         per_micro_batch=config.per_device_train_batch_size,
         epochs=config.num_train_epochs,
         seed=config.seed,
         max_steps=config.max_steps,
     )
-
-    def sample(some: Sequence[Prompt], places: Sequence[tuple[int, int]], temperature: float) -> list[Completion]:
-        return generate(
-            policy,
-            [prompt.ids for prompt in some],
-            seeds=[sampling_seed(config.seed, *place) for place in places],
-            end_ids=[chat.end_of_turn_id],
-            pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else chat.end_of_turn_id,
-            max_new_tokens=config.max_completion_length,
-            temperature=temperature,
-            top_p=config.top_p,
-            batch_size=config.rollout_batch_size,
-        )
-
-    def score(some: Sequence[Prompt], completions: Sequence[Completion]) -> tuple[Tensor, Metrics]:
-        return judge.score(some, completions)
-
     experience = Experience(
         loader,
         _ptx_loader(config, chat),
-        ref_policy,
-        lambda some, places: sample(some, places, config.temperature),
-        score,
+        load_causal_lm(source, config, frozen=True),
+        lambda some, places: _answers(policy, chat, config, some, places, config.temperature),
+        judge.score,
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
     )
-    held_out = (
-        prompts(
-            read_rows(
-                config.eval_dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns
-            ),
-            chat,
-            config.max_length,
-        )
-        if config.eval_dataset_name
-        else []
-    )
+    held_out = _prompts(config.eval_dataset_name, config, chat) if config.eval_dataset_name else []
 
     def evaluate() -> Mapping[str, float]:
-        completions = sample(held_out, [(-1, index) for index in range(len(held_out))], config.eval_temperature)
-        return mean_rewards(held_out, judge.each(held_out, completions))
+        places = [(-1, index) for index in range(len(held_out))]
+        answers = _answers(policy, chat, config, held_out, places, config.eval_temperature)
+        return mean_rewards(held_out, judge.each(held_out, answers))
 
     loop.train(
         loop.Training(
@@ -237,11 +208,38 @@ def run(config: GRPOConfig) -> Path:
             model=policy,
             objective=PolicyObjective(policy, config, {"policy": 1.0, "kl": config.beta, "ptx": config.ptx_kl_weight}),
             source=experience,
-            save_extra=tokenizer.save_pretrained,
+            save_extra=chat.tokenizer.save_pretrained,
             evaluate=evaluate if held_out else None,
         )
     )
     return Path(config.output_dir)
+
+
+def _answers(
+    policy: PreTrainedModel,
+    chat: Chat,
+    config: GRPOConfig,
+    asked: Sequence[Prompt],
+    places: Sequence[tuple[int, int]],
+    temperature: float,
+) -> list[Completion]:
+    """One answer per prompt; each is seeded by its place (rollout, number)."""
+    return generate(
+        policy,
+        [prompt.ids for prompt in asked],
+        seeds=[sampling_seed(config.seed, *place) for place in places],
+        end_ids=[chat.end_of_turn_id],
+        pad_id=chat.end_of_turn_id,
+        max_new_tokens=config.max_completion_length,
+        temperature=temperature,
+        top_p=config.top_p,
+        batch_size=config.rollout_batch_size,
+    )
+
+
+def _prompts(names: Sequence[str], config: GRPOConfig, chat: Chat) -> list[Prompt]:
+    rows = read_rows(names, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
+    return prompts(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
 
 
 def check_top_k(model_path: str, k: int) -> None:
@@ -260,7 +258,7 @@ def _ptx_loader(config: GRPOConfig, chat: Chat) -> PackedLoader | None:
         return None
     rows = read_rows(config.ptx_dataset_name, kind="sft", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
     return PackedLoader(
-        sft_samples(rows, chat, config.max_length, config.overlong),
+        sft_samples(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row),
         capacity=config.max_length,
         packs_per_step=config.ptx_batch_size,
         packs_per_micro_batch=config.ptx_batch_size,

@@ -4,7 +4,7 @@
 
 Every pair may have both scores, one or none (then it adds nothing to the second term); with both everywhere this is
 eq. (1). Scores are z-normalised per source on the training split. `lm_loss_weight` adds the next-token loss of the
-chosen answers, which keeps the backbone able to judge content; the head stays a plain linear map of the last token's state, so
+chosen answers, which keeps the backbone able to judge content; the head stays a linear map of the last state, so
 the saved model is an AutoModelForSequenceClassification with num_labels = 1.
 """
 
@@ -213,7 +213,7 @@ def as_json(scale: ScoreScale) -> dict[str, float]:
 
 def _read_pairs(names: Sequence[str], chat: Chat, config: RewardConfig) -> list[Pair]:
     rows = read_rows(names, kind="preference", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
-    return preference_pairs(rows, chat, config.max_length, config.overlong)
+    return preference_pairs(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
 
 
 def _untied_head(path: str, config: RewardConfig) -> Tensor | None:

@@ -84,7 +84,7 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
         )
         if make_samples is not None:
             return make_samples(rows, chat)
-        return list(sft_samples(rows, chat, config.max_length, config.overlong))
+        return list(sft_samples(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row))
 
     loader = packed_loader(samples_of(config.dataset_name), config, packing=config.packing)
     model = load_causal_lm(start.model_path(str(config.model_name_or_path)), config)
