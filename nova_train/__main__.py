@@ -110,6 +110,7 @@ def _run_stage(name: str, stage: Kind, rest: list[str]) -> None:
 
         print_plan(config)
     else:
+        _leave_the_screen_to_us()
         run(config)
 
 
@@ -128,6 +129,7 @@ def _run_pipeline(rest: list[str]) -> None:
     if dry_run:
         print(plan_text(stages))
     else:
+        _leave_the_screen_to_us()
         run_pipeline(stages, first=first, last=last)
 
 
@@ -146,6 +148,13 @@ def _print_keys(program: str, summary: str, config_class: type[Any]) -> None:
         )
     except SystemExit:
         return
+
+
+def _leave_the_screen_to_us() -> None:
+    """Stages have progress bars of their own; those of transformers only scatter them."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def _wants_help(words: Sequence[str]) -> bool:

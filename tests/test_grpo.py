@@ -28,6 +28,9 @@ REWARDS = """
 def length(prompts, completions, **columns):
     return [float(len(c[0]['content'])) for c in completions]
 
+def low_ids(prompts, completions, completion_ids, **columns):
+    return [sum(i < 100 for i in ids) / len(ids) for ids in completion_ids]
+
 def short_list(prompts, completions, **columns):
     return [1.0]
 
@@ -167,12 +170,19 @@ def test_token_weights_of_each_loss_type() -> None:
 
 
 def test_a_run_writes_rewards_and_raises_them(folder: Path, tmp_path: Path) -> None:
-    c = config(folder, output_dir=str(tmp_path), max_steps=15, learning_rate=1e-2, beta=0.0, num_train_epochs=9)
+    c = config(
+        folder,
+        output_dir=str(tmp_path),
+        reward_funcs=[f"{folder / 'rewards.py'}:low_ids"],
+        max_steps=25,
+        learning_rate=1e-2,
+        num_train_epochs=99,
+    )
     lines = read_metrics(grpo.run(c))
-    assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/length/mean", "kl", "entropy"} <= lines[0].keys()
+    assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/low_ids/mean", "kl", "entropy"} <= lines[0].keys()
     assert lines[0]["kl"] == 0.0 and lines[0]["ratio/max_deviation"] == 0.0
     first, last = (sum(line["reward"] for line in part) / 3 for part in (lines[:3], lines[-3:]))
-    assert last > first + 1, "answers that are rewarded for length get longer"
+    assert last > first + 0.1, "what is rewarded becomes more frequent"
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
