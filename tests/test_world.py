@@ -37,7 +37,7 @@ SIZES = {
     "intermediate_size": 24,
 }
 HELDOUT_FILES = ("heldout", "annotate_heldout", "pas_heldout")
-TRAIN_FILES = ("sft", "sft_numbers", "sft_words", "annotate_prompts", "prompts", "pas")
+TRAIN_FILES = ("sft", "sft_first", "sft_second", "annotate_prompts", "prompts", "pas")
 
 Files = dict[str, list[dict[str, Any]]]
 
@@ -287,7 +287,7 @@ def test_heldout_cues_are_new_and_their_words_are_not(files: Files) -> None:
 def test_cues_do_not_name_a_format_in_sft(files: Files) -> None:
     """What a cue stands for can be learned from pas.jsonl only: no frame of any family occurs elsewhere."""
     frames = [f.split("{")[0] for group in cues.FRAMES.values() for f in group]
-    for name in ("sft", "sft_numbers", "sft_words", "prompts", "annotate_prompts"):
+    for name in ("sft", "sft_first", "sft_second", "prompts", "annotate_prompts"):
         for row in files[name]:
             prompt = (row["messages"] if "messages" in row else row["prompt"])[0]["content"]
             assert not any(frame in prompt for frame in frames)

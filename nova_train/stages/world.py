@@ -3,8 +3,8 @@
     output_dir/
         model/                    untrained Llama and the tokenizer; opens with AutoModelForCausalLM, AutoTokenizer
         sft.jsonl                 conversations; the answers carry the noise that the rates below set
-        sft_numbers.jsonl         80 % add, sub, count, compare; for the first specialist
-        sft_words.jsonl           80 % sort, reverse, upper, weekday; for the second specialist
+        sft_first.jsonl           80 % add, compare, sort, upper; for the first specialist
+        sft_second.jsonl          80 % sub, count, reverse, weekday; for the second specialist
         annotate_prompts.jsonl    training prompts whose sampled answers become preference pairs
         prompts.jsonl             training prompts for reinforcement learning
         pas.jsonl                 underspecified prompt -> complement, some with search keywords
@@ -30,7 +30,7 @@ from nova_train.state import claim_folder, finished_fingerprint, mark_finished
 from nova_train.world import data
 from nova_train.world.model import ModelSize, untrained_model
 from nova_train.world.prompts import Rates
-from nova_train.world.tasks import NUMBERS, WORDS
+from nova_train.world.tasks import HALVES
 from nova_train.world.tokenizer import build_tokenizer
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def _files(config: WorldConfig) -> Iterator[tuple[str, Iterator[data.Row]]]:
         return Random(f"world/{config.seed}/{name}")
 
     yield "sft.jsonl", data.sft_rows(config.sft_rows, rates, rng("sft"))
-    for name, half in (("numbers", NUMBERS), ("words", WORDS)):
+    for name, half in HALVES.items():
         yield f"sft_{name}.jsonl", data.specialist_rows(half, config.specialist_rows, rates, rng(name))
     for name, part, count in (
         ("annotate_prompts", data.ANNOTATE, config.annotate_prompts),

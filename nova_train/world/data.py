@@ -23,7 +23,7 @@ from typing import Any
 
 from nova_train.world import cues, formats, vocabulary
 from nova_train.world.prompts import Rates, Task, pose, pose_with_cue
-from nova_train.world.tasks import CATEGORIES, DIFFICULTIES, NUMBERS, WORDS, Question, draw, wrong_answer
+from nova_train.world.tasks import CATEGORIES, DIFFICULTIES, HALVES, Question, draw, wrong_answer
 
 Row = dict[str, Any]
 
@@ -51,7 +51,7 @@ def sft_rows(count: int, rates: Rates, rng: Random) -> Iterator[Row]:
 
 def specialist_rows(half: Sequence[str], count: int, rates: Rates, rng: Random) -> Iterator[Row]:
     """As `sft_rows`, with 80 % of the conversations on one half of the categories and 20 % on the other."""
-    other = WORDS if tuple(half) == NUMBERS else NUMBERS
+    other = [category for category in CATEGORIES if category not in half]
     turns = zip(cycle(half), cycle(other), range(count), strict=False)
     order = (theirs if place % _OTHER_HALF == _OTHER_HALF - 1 else ours for ours, theirs, place in turns)
     return _conversations(order, count, rates, rng)

@@ -26,7 +26,6 @@ from random import Random
 DIFFICULTIES = (1, 2, 3)
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
-# The first four are the "numbers" half, the last four the "words" half (specialist data sets).
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "add": ("What is {a} + {b}?", "Add {a} and {b}.", "Compute {a} plus {b}.", "{a} + {b} = ?"),
     "sub": ("What is {a} - {b}?", "Take {b} away from {a}.", "Compute {a} minus {b}.", "{a} - {b} = ?"),
@@ -52,8 +51,8 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 CATEGORIES = tuple(PHRASINGS)
-NUMBERS = CATEGORIES[:4]
-WORDS = CATEGORIES[4:]
+# What the two specialists are trained on mostly: halves of like difficulty, each with numbers and words.
+HALVES = {"first": ("add", "compare", "sort", "upper"), "second": ("sub", "count", "reverse", "weekday")}
 
 _VOWELS = "aeio"
 _LETTERS = "abdeilmnorst"
