@@ -43,6 +43,7 @@ _OTHERS = {
 _CLEAR_ERRORS = {
     "nova_train.config": "ConfigError",
     "nova_train.datafiles": "DataError",
+    "nova_train.loop": "DivergenceError",
     "nova_train.rewards": "RewardError",
     "nova_train.state": "StateError",
     "nova_kernels.backend": "BackendUnavailableError",

@@ -88,6 +88,10 @@ class Interrupted(Exception):
         self.folder = folder
 
 
+class DivergenceError(RuntimeError):
+    """The gradient is infinite or not a number; nothing was updated with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """How a run begins: fresh, from a checkpoint, or not at all because it is finished."""
@@ -176,7 +180,7 @@ def train(run: Training[Any]) -> None:
 
     Raises:
         Interrupted: on Ctrl-C, after the step in progress was saved. A second Ctrl-C stops at once.
-        RuntimeError: a loss that is not finite (the last checkpoint stays).
+        DivergenceError: gradients that are not finite (the last checkpoint stays).
     """
     config = run.config
     if run.start.checkpoint is not None:
@@ -216,7 +220,7 @@ def train_step(run: Training[Any]) -> int:
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
-        raise RuntimeError(
+        raise DivergenceError(
             f"{run.config.output_dir}: the gradient norm is {float(norm)} at step {run.step + 1}; "
             "lower learning_rate, or look at the batch (metrics.jsonl has the steps before)"
         )

@@ -41,7 +41,14 @@ class Head:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """AutoTokenizer; one without a chat template gets ChatML (its markers must then be special tokens)."""
+    """AutoTokenizer; one without a chat template gets ChatML (its markers must then be special tokens).
+
+    Raises:
+        ConfigError: a path to a folder that is not there.
+    """
+    name = str(path)
+    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ConfigError(f"model_name_or_path {name}: no such folder, and not a Hugging Face name (owner/name)")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML_TEMPLATE

@@ -38,10 +38,10 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        muon_names = _muon_names(model, named) if config.optim == "muon" else set()
+        for_muon = muon_names(model, named) if config.optim == "muon" else set()
         if config.optim == "muon" and config.muon_learning_rate is None:
             raise ConfigError("optim: muon needs muon_learning_rate (for the 2-D layer weights); 0.02 is a usual value")
-        rest = [p for name, p in named if name not in muon_names]
+        rest = [p for name, p in named if name not in for_muon]
         groups = [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
@@ -58,8 +58,8 @@ class Optimizers:
                 config.learning_rate,
             )
         ]
-        if muon_names and config.muon_learning_rate is not None:
-            weights = [p for name, p in named if name in muon_names]
+        if for_muon and config.muon_learning_rate is not None:
+            weights = [p for name, p in named if name in for_muon]
             muon = Muon(weights, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
             self._members.append((muon, config.muon_learning_rate))
 
@@ -79,6 +79,6 @@ class Optimizers:
             optimizer.load_state_dict(state)
 
 
-def _muon_names(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> set[str]:
-    """2-D weights inside the decoder's layer stack: not the embeddings, not the head."""
+def muon_names(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> set[str]:
+    """Names of the 2-D weights inside the decoder's layer stack: not the embeddings, not the head."""
     return {name for name, p in named if p.ndim == 2 and ".layers." in f".{name}"}

@@ -55,13 +55,20 @@ def claim_folder(config: Any, stage: str) -> None:
         found = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
         names = sorted((set(found) | set(wanted)) - PRESENTATION_KEYS)
         differing = [name for name in names if found.get(name) != wanted.get(name)]
-        if differing:
+        if differing and _holds_work(folder):
             shown = "; ".join(f"{n}: {found.get(n)!r} there, {wanted.get(n)!r} here" for n in differing[:5])
             raise StateError(
                 f"{folder} holds another run ({shown}); choose another output_dir, or remove the folder to start again"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, resolved, stage=stage)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Whether a run left anything that another one would spoil; a run that stopped at a typo left nothing."""
+    return any(folder.glob("checkpoint-*")) or any(
+        (folder / name).exists() for name in ("finished.json", "config.json")
+    )
 
 
 def mark_finished(output_dir: str | Path, fingerprint: str, **facts: Any) -> None:

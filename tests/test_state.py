@@ -29,6 +29,9 @@ def write_checkpoint(folder: Path, step: int, keep: int = 2) -> Path:
 def test_the_folder_of_another_run_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
     state.claim_folder(config(tmp_path), "sft")
     state.claim_folder(config(tmp_path, disable_progress=True), "sft")
+    state.claim_folder(config(tmp_path, learning_rate=1e-2), "sft")  # nothing was made yet: a typo may be corrected
+    state.claim_folder(config(tmp_path), "sft")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(state.StateError, match=r"holds another run \(learning_rate: 1e-05 there, 0.002 here\)"):
         state.claim_folder(config(tmp_path, learning_rate=2e-3), "sft")
     with pytest.raises(state.StateError, match="stage: 'sft' there, 'reward' here"):

@@ -25,7 +25,7 @@ from nova_train.chat import Chat
 from nova_train.config import TrainConfig, resolved_text, stage_name
 from nova_train.datasets import Kind, read_rows
 from nova_train.model import load_tokenizer
-from nova_train.optim import _muon_names
+from nova_train.optim import muon_names
 from nova_train.stages.inspect_data import InspectDataConfig, inspect_rows
 from nova_train.stages.pas import PASConfig, conversations
 
@@ -87,7 +87,7 @@ def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
     muon = 0
     if config.optim == "muon":
         named = list(model.named_parameters())
-        names = _muon_names(model, named)
+        names = muon_names(model, named)
         muon = sum(p.numel() for name, p in named if name in names)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vocabulary: int = model.config.vocab_size
