@@ -47,7 +47,7 @@ def load_tokenizer(path: str | Path) -> Any:
         ConfigError: a path to a folder that is not there.
     """
     name = str(path)
-    if not Path(name).exists() and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
         raise ConfigError(f"model_name_or_path {name}: no such folder, and not a Hugging Face name (owner/name)")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
