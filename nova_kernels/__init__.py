@@ -1,0 +1,46 @@
+"""Kernels and memory engines for aligning large language models; plain functions for any trainer.
+
+Adapters to other libraries are under nova_kernels.integrations, which alone imports them.
+"""
+
+from nova_kernels.attention import varlen_attention
+from nova_kernels.backend import BackendUnavailableError
+from nova_kernels.checkpoint import checkpoint_segments, uniform_segments
+from nova_kernels.logprob import LogprobTerms, linear_cross_entropy, linear_logprobs
+from nova_kernels.merging import MergeReport, linear, merge_state, model_stock, task_arithmetic
+from nova_kernels.packing import PackedBatch, PackPlan, pack_samples, plan_packs
+from nova_kernels.topk_kl import (
+    TopK,
+    linear_topk_kl_div,
+    linear_topk_select,
+    topk_kl_div,
+    topk_kl_div_from_logits,
+    topk_kl_metrics,
+    topk_select,
+)
+
+__all__ = [
+    "BackendUnavailableError",
+    "LogprobTerms",
+    "MergeReport",
+    "PackPlan",
+    "PackedBatch",
+    "TopK",
+    "checkpoint_segments",
+    "linear",
+    "linear_cross_entropy",
+    "linear_logprobs",
+    "linear_topk_kl_div",
+    "linear_topk_select",
+    "merge_state",
+    "model_stock",
+    "pack_samples",
+    "plan_packs",
+    "task_arithmetic",
+    "topk_kl_div",
+    "topk_kl_div_from_logits",
+    "topk_kl_metrics",
+    "topk_select",
+    "uniform_segments",
+    "varlen_attention",
+]

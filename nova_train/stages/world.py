@@ -53,10 +53,10 @@ class WorldConfig:
     pas_heldout_prompts: int = 960
 
     format_request_rate: float = 0.8  # of prompts; the others want a plain answer
-    long_request_rate: float = 0.1  # of requests: one sentence of 25 to 30 words instead of a short phrase
+    long_request_rate: float = 0.25  # of requests: one sentence of 25 to 30 words instead of a short phrase
     remark_rate: float = 0.08  # of prompts: a remark that does not matter
     wrong_answer_rate: float = 0.04  # of SFT answers
-    format_obedience_rate: float = 0.2  # of SFT answers to prompts that request a format; the others are plain
+    format_obedience_rate: float = 0.25  # of SFT answers to prompts that request a format; the others are plain
 
     hidden_size: int = 128
     num_hidden_layers: int = 4

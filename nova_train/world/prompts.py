@@ -40,10 +40,10 @@ class Rates:
     """Shares of prompts or answers, each in [0, 1]."""
 
     format_request: float = 0.8  # of prompts
-    long_request: float = 0.1  # of the requests
+    long_request: float = 0.25  # of the requests
     remark: float = 0.08  # of prompts
     wrong_answer: float = 0.04  # of SFT answers
-    format_obedience: float = 0.2  # of SFT answers to prompts that request a format; the others are plain
+    format_obedience: float = 0.25  # of SFT answers to prompts that request a format; the others are plain
 
     def __post_init__(self) -> None:
         for each in fields(self):
