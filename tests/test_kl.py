@@ -20,7 +20,7 @@ from nova_train.stages.grpo import GRPOConfig, PolicyObjective
 
 V, T, BETA = 3, 3, 0.7  # token 0 ends an answer
 PREFIXES = [p for n in range(T) for p in itertools.product(range(1, V), repeat=n)]
-ANSWERS = [*[p + (0,) for p in PREFIXES], *itertools.product(range(1, V), repeat=T)]
+ANSWERS = [*[(*p, 0) for p in PREFIXES], *itertools.product(range(1, V), repeat=T)]
 
 
 class Table(torch.nn.Module):

@@ -94,6 +94,26 @@ def test_linear_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tail: st
     assert seen.elements == 2000  # hidden has 1200 elements, [N, V] would have 30,000
 
 
+@DIRECTIONS
+@TAILS
+def test_linear_unused_slots(small_chunks: None, direction: str, tail: str) -> None:
+    """A reference without most of the vocabulary; in its unused slots the id is -1, and row -1 of the weight is real."""
+    hidden, weight, bias, ref_hidden = make_head()
+    few = torch.where(torch.arange(41) % 9 == 4, bias.detach(), -math.inf)
+    ref = linear_topk_select(ref_hidden, weight, 8, bias=few)
+    assert ref.ids[0].tolist() == [4, 13, 22, 31, 40, -1, -1, -1]
+    results = []
+    for backend in ("dense", "reference"):
+        kl = linear_topk_kl_div(
+            hidden, weight, ref, bias=bias, softcap=2.0, direction=direction, tail=tail, backend=backend
+        )
+        upstream = torch.linspace(0.5, 1.5, 11, dtype=torch.float64)
+        results.append((kl, *torch.autograd.grad(kl, [hidden, weight, bias], upstream)))
+    for actual, expected in zip(*results, strict=True):
+        assert actual.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
 def test_linear_frozen_weight_and_empty_input() -> None:
     hidden, weight, _, ref_hidden = make_head()
     ref = linear_topk_select(ref_hidden, weight, 8)

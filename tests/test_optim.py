@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +24,7 @@ def test_schedule_warms_up_to_the_peak_and_decays_to_the_floor(kind: str, middle
     assert factors[4] == 1.0
     assert factors[54] == pytest.approx(0.1 + 0.9 * middle)
     assert factors[104] == pytest.approx(0.1 + 0.9 * last)
-    assert all(b <= a for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(b <= a for a, b in pairwise(factors[4:]))
 
 
 class Net(nn.Module):

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import tiny
 from nova_kernels.packing import pack_samples
 from nova_train.chat import Chat
 from nova_train.config import ConfigError

@@ -92,10 +92,11 @@ def test_select_is_the_sorted_top(backend: str, num_rows: int, vocabulary: int, 
 def test_select_edges(backend: str, row: list[float]) -> None:
     """Also beside rows that have no edge, so that a count over the whole block proves nothing."""
     plain = [3.0, 2.0, 1.0, 0.0, -1.0, -2.0]
-    top = topk_select(torch.tensor([plain, row, plain]), 4, backend=backend)
-    assert top.ids.tolist() == [select_by_sorting(r, 4) for r in (plain, row, plain)]
-    expected = [row[i] if i >= 0 else -INF for i in top.ids[1].tolist()]
-    torch.testing.assert_close(top.values[1], torch.tensor(expected), equal_nan=True, rtol=0, atol=0)
+    for k in (4, 6):
+        top = topk_select(torch.tensor([plain, row, plain]), k, backend=backend)
+        assert top.ids.tolist() == [select_by_sorting(r, k) for r in (plain, row, plain)]
+        expected = [row[i] if i >= 0 else -INF for i in top.ids[1].tolist()]
+        torch.testing.assert_close(top.values[1], torch.tensor(expected), equal_nan=True, rtol=0, atol=0)
 
 
 def test_select_counts_cancel_between_rows() -> None:
@@ -114,6 +115,15 @@ def test_select_shapes_and_padding() -> None:
     empty = topk_select(torch.zeros(0, 12), 4)
     assert empty.ids.shape == (0, 4) and empty.lse.shape == (0,)
     assert not topk_select(logits.requires_grad_(), 4).values.requires_grad
+
+
+@pytest.mark.gpu
+@BACKENDS
+def test_select_on_a_gpu(backend: str) -> None:
+    zeros = torch.tensor([[0.0, -0.0, 0.0, -0.0, -1.0, 5.0], [-INF, 2.0, -INF, 1.0, math.nan, -INF]])
+    for logits, k in ((zeros, 4), (make_inputs(31, 257)[1].bfloat16(), 17)):
+        actual, expected = topk_select(logits.cuda(), k, backend=backend), topk_select(logits, k)
+        assert torch.equal(actual.ids.cpu(), expected.ids)
 
 
 # --- KL from logits
@@ -218,6 +228,13 @@ def test_policy_without_a_kept_token(direction: str, tail: str) -> None:
     assert 0 < kl.item() < INF and grad.isfinite().all() and grad[0, 1] == 0
     limit = torch.tensor([[2.0, -50.0, 0.5, -3.0]], dtype=torch.float64)
     torch.testing.assert_close(kl, topk_kl_div_from_logits(limit, ref, 3, direction=direction, tail=tail))
+
+
+def test_policy_without_a_token_that_the_reference_hardly_has() -> None:
+    ref = torch.tensor([[0.0, -300.0, -1.0]])
+    policy = torch.tensor([[0.0, -INF, -1.0]])
+    assert topk_kl_div_from_logits(policy, ref, 3, direction="ref_policy").item() == INF
+    assert topk_kl_div_from_logits(policy, ref, 3).item() == 0
 
 
 @DIRECTIONS

@@ -261,7 +261,7 @@ def test_complements(files: Files) -> None:
             with_keywords += 1
             assert all(word in row["complement"] for word in row["keywords"])
         else:
-            cued = {cue.form for cue in cues.cues() if cue.kind == "train" and cue.text in row["prompt"]}
+            cued = {cue.form for cue in cues.all_cues() if cue.kind == "train" and cue.text in row["prompt"]}
             assert cued == {form}
         if row["category"] != "count":
             assert not re.search(rf"\b{re.escape(solve(row['question']))}\b", row["complement"])
@@ -272,16 +272,16 @@ def test_complements(files: Files) -> None:
 def test_heldout_cues_are_new_and_their_words_are_not(files: Files) -> None:
     trained = " ".join(row["prompt"] for row in files["pas"])
     everything = " ".join([trained, *(row["messages"][0]["content"] for row in files["sft"])])
-    kinds = Counter(cue.kind for cue in cues.cues())
+    kinds = Counter(cue.kind for cue in cues.all_cues())
     assert set(kinds) == {"train", *cues.HELDOUT_KINDS}
-    for cue in cues.cues():
+    for cue in cues.all_cues():
         if cue.kind != "train":
             assert cue.text not in trained and cue.text not in everything
             assert set(re.findall(r"\w+", cue.text)) <= set(re.findall(r"\w+", everything)), cue
     for family in cues.FAMILIES:
         assert all(noun not in trained for noun in cues.HELDOUT_NOUNS[family])
         assert cues.HELDOUT_FRAMES[family].split("{")[0] not in trained
-    assert len({cue.text for cue in cues.cues()}) == len(cues.cues())
+    assert len({cue.text for cue in cues.all_cues()}) == len(cues.all_cues())
 
 
 def test_cues_do_not_name_a_format_in_sft(files: Files) -> None:

@@ -36,6 +36,7 @@ def topk_select(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Ties, and -0 with +0, go to the lowest index; NaN is the largest; entries of -inf are never kept.
     """
+    # Adding +0 turns -0 into +0, which the sort on CUDA would tell apart.
     order = (logits + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, :k]
     unused = logits.gather(1, order) == -torch.inf
     ids = order.masked_fill(unused, logits.shape[1]).sort(dim=-1).values

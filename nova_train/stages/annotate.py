@@ -87,12 +87,12 @@ def run(config: AnnotateConfig) -> Path:
     functions = load_reward_functions(config.reward_funcs)
     by_function = call_reward_functions(functions, repeated, texts, [completion.ids for completion in completions])
     scores = torch.stack(list(by_function.values())).nansum(0).view(-1, n).tolist()
-    rows = pairs_of(asked, [texts[i : i + n] for i in range(0, len(texts), n)], scores, config)
+    pairs = pairs_of(asked, [texts[i : i + n] for i in range(0, len(texts), n)], scores, config)
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for row in rows:
+        for row in pairs:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    log.info("annotate: %d prompts gave %d pairs", len(asked), len(rows))
-    state.mark_finished(folder, fingerprint(identity(config)), pairs=len(rows))
+    log.info("annotate: %d prompts gave %d pairs", len(asked), len(pairs))
+    state.mark_finished(folder, fingerprint(identity(config)), pairs=len(pairs))
     return folder
 
 

@@ -8,9 +8,9 @@ one format:
 
     "It will be parsed for" + "a web service"  ->  json
 
-Frames and nouns are also paired with neutral ones ("It is for ...", "... our archive"), so that neither alone carries the
-whole signal. Held out from training, with words that do occur elsewhere: some pairs of a known frame and a known noun
-(`combination`), one whole frame (`frame`) and two whole nouns (`noun`) of each family.
+Frames and nouns are also paired with neutral ones ("It is for ...", "... our archive"), so that neither alone carries
+the whole signal. Held out from training, with words that do occur elsewhere: some pairs of a known frame and a known
+noun (`combination`), one whole frame (`frame`) and two whole nouns (`noun`) of each family.
 
 A complement is one long sentence of formats.py; it asks for the format and never contains the answer. With search
 keywords (the retrieval variant) it follows the keywords and contains them, whatever the cue says.
@@ -88,7 +88,7 @@ class Cue:
     text: str
 
 
-def cues() -> list[Cue]:
+def all_cues() -> list[Cue]:
     """Every cue of every family, those of training and those held out."""
     return [cue for family in FAMILIES for cue in _family(family)]
 

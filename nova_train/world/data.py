@@ -23,7 +23,7 @@ from typing import Any
 
 from nova_train.world import cues, formats, vocabulary
 from nova_train.world.prompts import Rates, Task, pose, pose_with_cue
-from nova_train.world.tasks import CATEGORIES, DIFFICULTIES, HALVES, Question, draw, wrong_answer
+from nova_train.world.tasks import CATEGORIES, DIFFICULTIES, Question, draw, wrong_answer
 
 Row = dict[str, Any]
 
@@ -35,7 +35,6 @@ _BOUNDS = ((50, HELDOUT), (75, PAIRS), (100, CUED), (300, ANNOTATE), (1000, ROLL
 _OTHER_HALF = 5
 _WITH_KEYWORDS = 5
 _PATIENCE = 2_000  # draws without a new prompt before a count is called impossible
-_RESERVED = vocabulary.reserved_words()
 
 
 def part_of(question: str) -> str:
@@ -71,7 +70,7 @@ def augmentation_rows(count: int, rng: Random) -> Iterator[Row]:
 
     With keywords the complement follows them: the prompt then has no cue, or a cue of any family.
     """
-    known = [cue for cue in cues.cues() if cue.kind == "train"]
+    known = [cue for cue in cues.all_cues() if cue.kind == "train"]
     for category, place in zip(cycle(CATEGORIES), range(count), strict=False):
         question, cue = _question(category, TRAIN, rng), rng.choice(known)
         prompt, form = pose_with_cue(question, cue.text, cue.form, rng).prompt, cue.form
@@ -92,7 +91,7 @@ def cued_prompt_rows(count: int, rng: Random) -> Iterator[Row]:
     What the cue stands for is hidden in the columns, for the checker; column `cue` names the kind of hold-out.
     """
     kinds = [(kind, form) for kind in cues.HELDOUT_KINDS for form in cues.FAMILIES]
-    pools = {key: [cue for cue in cues.cues() if (cue.kind, cue.form) == key] for key in kinds}
+    pools = {key: [cue for cue in cues.all_cues() if (cue.kind, cue.form) == key] for key in kinds}
 
     def key_of(place: int) -> tuple[str, str]:
         return kinds[place // len(CATEGORIES) % len(kinds)]
@@ -131,7 +130,7 @@ def _question(category: str, parts: Sequence[str], rng: Random) -> Question:
     """A question of these parts; the difficulty is drawn anew with each try, because small parts may lack one."""
     while True:
         question = draw(category, rng.choice(DIFFICULTIES), rng)
-        if part_of(question.text) in parts and _RESERVED.isdisjoint(question.words):
+        if part_of(question.text) in parts and vocabulary.reserved_words().isdisjoint(question.words):
             return question
 
 

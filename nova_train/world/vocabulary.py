@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 
 from nova_train.world import cues, formats, prompts, tasks
 
@@ -43,6 +44,7 @@ def pieces() -> tuple[str, ...]:
     return (*SPECIALS, *CHARACTERS, *NUMBERS, *CONSTRUCTS, *words())
 
 
+@cache
 def reserved_words() -> frozenset[str]:
     """Template words in lower case; a made-up word must be none of them, or it would not be spelled."""
     return frozenset(word.strip().lower() for word in words())
