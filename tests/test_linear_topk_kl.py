@@ -97,7 +97,7 @@ def test_linear_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tail: st
 @DIRECTIONS
 @TAILS
 def test_linear_unused_slots(small_chunks: None, direction: str, tail: str) -> None:
-    """A reference without most of the vocabulary; in its unused slots the id is -1, and row -1 of the weight is real."""
+    """A reference without most of the vocabulary: its unused slots have id -1, and row -1 of the weight is real."""
     hidden, weight, bias, ref_hidden = make_head()
     few = torch.where(torch.arange(41) % 9 == 4, bias.detach(), -math.inf)
     ref = linear_topk_select(ref_hidden, weight, 8, bias=few)

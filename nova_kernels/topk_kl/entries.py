@@ -68,11 +68,13 @@ class TopK:
 
 
 def check_temperature(where: str, temperature: float) -> None:
+    """Refuse a temperature that divides by nothing or by everything."""
     if not 0 < temperature < float("inf"):
         raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
 
 
 def check_k(where: str, k: int, vocabulary: int) -> None:
+    """Refuse a k that leaves no distribution, or that the vocabulary cannot serve."""
     if k < 2:
         raise ValueError(f"{where}: k must be at least 2 (over one token the renormalised KL is always 0), got {k}")
     if k > vocabulary:
@@ -105,11 +107,13 @@ def check_divergence(
 
 
 def check_mask(where: str, mask: Tensor | None, rows: torch.Size) -> None:
+    """Refuse a mask of another shape or type than bool [*rows]."""
     if mask is not None and (mask.shape != rows or mask.dtype != torch.bool):
         raise ValueError(f"{where}: expected mask bool {list(rows)}, got {mask.dtype} {list(mask.shape)}")
 
 
 def check_lse_temperature(where: str, ref: TopK, temperature: float) -> None:
+    """Refuse to compare masses that were taken at different temperatures."""
     if ref.temperature != temperature:
         raise ValueError(
             f"{where}: the reference's lse was taken at temperature {ref.temperature}, asked for {temperature}; "
