@@ -152,7 +152,7 @@ class PromptAugmenter:
             self.chat.encode_prompts([[{"role": "user", "content": text}] for text in texts]),
             seeds=[0] * len(texts),
             end_ids=[self.chat.end_of_turn_id],
-            pad_id=self.tokenizer.pad_token_id,
+            pad_id=self.chat.end_of_turn_id,
             max_new_tokens=self.settings.max_completion_length,
             temperature=0.0,
             batch_size=self.batch_size,

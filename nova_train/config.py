@@ -71,6 +71,7 @@ class TrainConfig:
 
     seed: int = 0
     num_threads: int = 1  # CPU threads of one process
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     logging_steps: int = 10  # optimiser steps
     eval_steps: int | None = None  # optimiser steps; None: only at the end
     save_steps: int = 500  # optimiser steps
@@ -102,6 +103,8 @@ class TrainConfig:
                 f"muon_learning_rate goes with optim: muon, got optim={self.optim!r} and "
                 f"muon_learning_rate={self.muon_learning_rate}"
             )
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed must lie below 2^32, got {self.seed}")
         if unknown := sorted(set(self.report_to) - {"wandb", "tensorboard", "trackio"}):
             raise ConfigError(f"report_to: expected wandb, tensorboard or trackio, got {unknown[0]!r}")
         product = self.per_device_train_batch_size * self.gradient_accumulation_steps

@@ -92,16 +92,19 @@ class Experience:
         sample: Sampler,
         score: Scorer,
         options: ExperienceOptions,
+        *,
+        max_steps: int | None = None,
     ) -> None:
         self._prompts, self._ptx, self._ref_policy = prompts, ptx, ref_policy
-        self._sample, self._score, self._options = sample, score, options
+        self._sample, self._score, self._options, self._max_steps = sample, score, options, max_steps
         self._moments = RunningMoments()
         self._rollouts = 0
         self._left = 0  # optimiser steps that the current rollout still serves
         self._batches: list[RolloutBatch] = []
 
     def __len__(self) -> int:
-        return len(self._prompts) * self._options.num_iterations
+        steps = len(self._prompts) * self._options.num_iterations
+        return steps if self._max_steps is None else min(steps, self._max_steps)
 
     def next_step(self) -> list[RolloutBatch | PTXBatch]:
         if self._left == 0:
@@ -170,8 +173,8 @@ class Experience:
     def _reference(self, packed: PackedBatch) -> TopK:
         """The frozen policy's top-K at every trained position, from the same packs and chunks as the update."""
         head = lm_head(self._ref_policy)
-        active = next_token_targets(packed.labels) != IGNORE_INDEX
-        hidden = hidden_states(self._ref_policy, packed)[active]
+        hidden = hidden_states(self._ref_policy, packed)
+        hidden = hidden[(next_token_targets(packed.labels) != IGNORE_INDEX).to(hidden.device)]
         return linear_topk_select(
             hidden, head.weight, self._options.kl_top_k, temperature=self._options.temperature, **head.kwargs()
         )

@@ -46,7 +46,8 @@ def token_advantages(advantages: Tensor, kl: Tensor, lengths: Tensor, *, beta: f
     """
     if placement not in PLACEMENTS:
         raise ValueError(f"kl_placement must be one of {PLACEMENTS}, got {placement!r}")
-    spread = advantages.to(kl.dtype).repeat_interleave(lengths)
+    lengths = lengths.to(kl.device)
+    spread = advantages.to(kl).repeat_interleave(lengths)
     if placement == "loss" or beta == 0.0:
         return spread
     return spread - beta * kl_to_go(kl, lengths, include_present=placement == "reward")

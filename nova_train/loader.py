@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from nova_kernels.packing import PackedBatch, PackPlan, pack_samples, plan_packs
+from nova_train.config import fingerprint
 from nova_train.datafiles import DataError
 
 ItemT = TypeVar("ItemT")
@@ -205,7 +207,7 @@ class ShuffledLoader(_EpochLoader[ItemT, Any]):
             per_micro_batch=per_micro_batch,
             epochs=epochs,
             max_steps=max_steps,
-            identity=f"{len(items)} items, {per_step} per step, seed {seed}",
+            identity=fingerprint({"items": _as_texts(items), "per_step": per_step, "seed": seed}),
         )
 
     def _build(self, units: list[ItemT]) -> Any:
@@ -213,6 +215,12 @@ class ShuffledLoader(_EpochLoader[ItemT, Any]):
 
     def _plan(self, epoch: int) -> list[ItemT]:
         return [self._items[i] for i in _generator(self._seed, epoch).permutation(len(self._items))]
+
+
+def _as_texts(items: Sequence[object]) -> list[str]:
+    """Every item in full, whatever the length of its arrays."""
+    with np.printoptions(threshold=sys.maxsize):
+        return [repr(item) for item in items]
 
 
 def _generator(seed: int, epoch: int) -> np.random.Generator:

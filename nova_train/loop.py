@@ -142,10 +142,17 @@ class Training(Generic[MicroBatch]):
         self.total_steps = len(self.source)
         self.step = 0
         self.tokens = 0
+        unnamed = {name: value for name, value in identity(self.config).items() if name != "output_dir"}
+        self.fingerprint = fingerprint({"stage": self.start.stage, **unnamed})
 
     def restore(self, checkpoint: Path) -> None:
         """Everything but the model's weights, which were loaded from the checkpoint already."""
         saved = state.load_trainer(checkpoint)
+        if saved["run"] != self.fingerprint:
+            raise state.StateError(
+                f"resume_from_checkpoint {checkpoint}: it belongs to a run with another configuration; "
+                "continue that run with its own, or start from its model with model_name_or_path"
+            )
         self.step, self.tokens = saved["step"], saved["tokens"]
         self.optimizers.load_state_dict(saved["optimizers"])
         self.source.load_state_dict(saved["source"])
@@ -157,6 +164,7 @@ class Training(Generic[MicroBatch]):
     def save(self) -> Path:
         """A checkpoint of the step just completed."""
         trainer = {
+            "run": self.fingerprint,
             "step": self.step,
             "tokens": self.tokens,
             "optimizers": self.optimizers.state_dict(),
@@ -185,6 +193,7 @@ def train(run: Training[Any]) -> None:
     config = run.config
     if run.start.checkpoint is not None:
         run.restore(run.start.checkpoint)
+        state.drop_newer(config.output_dir, run.step)
     metrics = MetricsLog(config.output_dir, step=run.step, report_to=config.report_to, run_name=config.output_dir)
     with _progress(run) as advance, _interrupt() as interrupted:
         while run.step < run.total_steps:
@@ -216,7 +225,7 @@ def train(run: Training[Any]) -> None:
 
 def train_step(run: Training[Any]) -> int:
     """One optimiser step; returns the tokens it processed."""
-    tokens = accumulate_gradients(run.model, run.objective, run.source.next_step(), run.window, bf16=run.config.bf16)
+    tokens = accumulate_gradients(run.objective, run.source.next_step(), run.window)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
@@ -233,9 +242,7 @@ def train_step(run: Training[Any]) -> int:
     return tokens
 
 
-def accumulate_gradients(
-    model: PreTrainedModel, objective: Objective[Any], batches: Sequence[Any], window: Window, *, bf16: bool = False
-) -> int:
+def accumulate_gradients(objective: Objective[Any], batches: Sequence[Any], window: Window) -> int:
     """Backward of one optimiser step over its micro-batches; the only place that divides a loss.
 
     Returns:
@@ -245,26 +252,27 @@ def accumulate_gradients(
     for batch in batches:
         for name, count in objective.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
-    device = next(model.parameters()).device
     tokens = 0
     for batch in batches:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-            terms = objective.terms(batch)
+        terms = objective.terms(batch)
         parts = {
             name: objective.weights[name] * total / counts[name]
             for name, total in terms.sums.items()
             if counts.get(name, 0.0) > 0
         }
-        loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
-        if loss.requires_grad:
-            loss.backward()
+        if parts:  # a micro-batch may hold nothing that counts, such as answers that were all cut off
+            loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
+            if loss.requires_grad:
+                loss.backward()
+            window.add("loss", loss, 0)
         tokens += batch.num_tokens
-        window.add("loss", loss, 0)
-        for name, total in terms.sums.items():
-            window.add(f"loss/{name}", total, counts.get(name, 0.0) / len(batches))
+        for name in parts:
+            window.add(f"loss/{name}", terms.sums[name], 0)
         for name, (value, count) in terms.metrics.items():
             window.add(name, value, count)
     window.add("loss", 0.0, 1)
+    for name, count in counts.items():
+        window.add(f"loss/{name}", 0.0, count)
     return tokens
 
 

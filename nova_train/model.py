@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
 from nova_kernels.checkpoint import checkpoint_segments
 from nova_kernels.integrations.transformers import use_varlen_attention
@@ -44,12 +50,9 @@ def load_tokenizer(path: str | Path) -> Any:
     """AutoTokenizer; one without a chat template gets ChatML (its markers must then be special tokens).
 
     Raises:
-        ConfigError: a path to a folder that is not there.
+        ConfigError: nothing of this name here or on the Hub.
     """
-    name = str(path)
-    if not Path(name).exists() and (name.count("/") > 1 or name.startswith((".", "/", "~"))):
-        raise ConfigError(f"model_name_or_path {name}: no such folder, and not a Hugging Face name (owner/name)")
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = _from_pretrained(AutoTokenizer, path)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML_TEMPLATE
     return tokenizer
@@ -57,33 +60,38 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def load_causal_lm(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
     """A causal LM with varlen attention, dropout off, and (if trained) activation checkpointing as configured."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
+    model = _from_pretrained(AutoModelForCausalLM, path, dtype=config.dtype)
     _attach(model, config, frozen=frozen)
     return model
 
 
 def load_plain_causal_lm(path: str | Path) -> PreTrainedModel:
-    """A causal LM in evaluation mode with its own attention, for generation only."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path)
-    return model.eval().requires_grad_(False)
+    """A causal LM in evaluation mode with its own attention, for generation only, on a GPU where there is one."""
+    model: PreTrainedModel = _from_pretrained(AutoModelForCausalLM, path)
+    return model.eval().requires_grad_(False).to(pick_device("auto"))
 
 
 def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
     """AutoModelForSequenceClassification with one output; a causal LM's weights give the backbone, the head is new."""
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=getattr(torch, config.dtype))
-    if model.config.num_labels != 1:
-        raise ConfigError(f"{path}: a reward model has num_labels = 1, this one has {model.config.num_labels}")
+    model, loading = _from_pretrained(
+        AutoModelForSequenceClassification, path, num_labels=1, dtype=config.dtype, output_loading_info=True
+    )
+    if frozen and loading["missing_keys"]:
+        raise ConfigError(
+            f"reward_model {path}: {', '.join(sorted(loading['missing_keys']))} is not saved there, so its scores "
+            "would be random; give a model trained by `nova-train reward`"
+        )
     _attach(model, config, frozen=frozen)
     return model
 
 
-def give_own_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
+def give_own_pad_token(model: PreTrainedModel, tokenizer: Any, end_of_turn_id: int) -> None:
     """Make sure that padding has a token of its own, known to both.
 
     transformers scores a sequence at its last token that is not `pad_token_id`; where padding shares its id with the
     end of a turn, that is the token before. A new token is added (and the embedding grown) only where it is needed.
     """
-    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    ends = {tokenizer.eos_token_id, end_of_turn_id}
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     rows = model.get_input_embeddings().weight.shape[0]
@@ -92,9 +100,23 @@ def give_own_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
+def end_generation_at(model: PreTrainedModel, end_of_turn_id: int) -> None:
+    """Let `generate` of the saved model stop where its turns end; a base model's own end is another token."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    if end_of_turn_id not in ends:
+        model.generation_config.eos_token_id = [*ends, end_of_turn_id]
+
+
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states [T, H] of a packed row, after the final norm; samples do not see each other."""
-    output = model.base_model(input_ids=batch.input_ids, **batch.attention_kwargs())
+    """Last hidden states [T, H] of a packed row, after the final norm, on the model's device.
+
+    Samples do not see each other. With `bf16` the autocast is entered here, so that the policy, the reference
+    and every evaluation run the same arithmetic.
+    """
+    batch = batch.to(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=getattr(model, "_autocast", False)):
+        output = model.base_model(input_ids=batch.input_ids, **batch.attention_kwargs())
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
@@ -133,15 +155,44 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
+def pick_device(name: str) -> str:
+    """ "auto" is a GPU where there is one; asking for one that is not there is an error."""
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError("device: cuda, but torch sees no GPU here; use auto or cpu")
+    return "cuda" if name != "cpu" and found else "cpu"
+
+
 def own_attention(model: PreTrainedModel) -> AbstractContextManager[Any]:
     """The model's own attention for the length of a `with`: generation needs its KV cache and padding mask."""
     handle = getattr(model, "_varlen_attention", None)
     return nullcontext() if handle is None else handle.suspended()
 
 
+def load_model_config(path: str | Path) -> Any:
+    """A model's configuration without its weights.
+
+    Raises:
+        ConfigError: nothing of this name here or on the Hub.
+    """
+    return _from_pretrained(AutoConfig, path)
+
+
+def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **options: Any) -> Any:
+    if dtype is not None:
+        options["dtype"] = getattr(torch, dtype)
+    try:
+        return cls.from_pretrained(path, **options)
+    except OSError as error:
+        reason = "it has no model that opens" if Path(path).exists() else "no such folder here, and not on the Hub"
+        raise ConfigError(f"model {path}: {reason} ({str(error).splitlines()[0]})") from error
+
+
 def _attach(model: PreTrainedModel, config: TrainConfig, *, frozen: bool) -> None:
     model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
+    model._autocast = config.bf16
     _turn_off_dropout(model)
+    model.to(pick_device(config.device))
     model.eval() if frozen else model.train()
     model.requires_grad_(not frozen)
     if not frozen and config.segments is not None:

@@ -41,6 +41,10 @@ class Optimizers:
         for_muon = muon_names(model, named) if config.optim == "muon" else set()
         if config.optim == "muon" and config.muon_learning_rate is None:
             raise ConfigError("optim: muon needs muon_learning_rate (for the 2-D layer weights); 0.02 is a usual value")
+        if config.optim == "muon" and not for_muon:
+            raise ConfigError(
+                f"optim: muon finds no 2-D weight under '.layers.' in {type(model).__name__}; use optim: adamw"
+            )
         rest = [p for name, p in named if name not in for_muon]
         groups = [
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},

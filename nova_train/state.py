@@ -55,7 +55,7 @@ def claim_folder(config: Any, stage: str) -> None:
         found = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
         names = sorted((set(found) | set(wanted)) - PRESENTATION_KEYS)
         differing = [name for name in names if found.get(name) != wanted.get(name)]
-        if differing and _holds_work(folder):
+        if differing and holds_work(folder):
             shown = "; ".join(f"{n}: {found.get(n)!r} there, {wanted.get(n)!r} here" for n in differing[:5])
             raise StateError(
                 f"{folder} holds another run ({shown}); choose another output_dir, or remove the folder to start again"
@@ -64,7 +64,7 @@ def claim_folder(config: Any, stage: str) -> None:
     write_config(config, resolved, stage=stage)
 
 
-def _holds_work(folder: Path) -> bool:
+def holds_work(folder: Path) -> bool:
     """Whether a run left anything that another one would spoil; a run that stopped at a typo left nothing."""
     return any(folder.glob("checkpoint-*")) or any(
         (folder / name).exists() for name in ("finished.json", "config.json")
@@ -131,9 +131,16 @@ def save_checkpoint(
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
-    for old in list_checkpoints(output_dir)[:-keep] if keep > 0 else []:
+    for old in list_checkpoints(output_dir)[:-keep]:
         shutil.rmtree(old)
     return final
+
+
+def drop_newer(output_dir: str | Path, step: int) -> None:
+    """Remove the checkpoints behind the step a run continues from: they are damaged, or of a future that changes."""
+    for checkpoint in list_checkpoints(output_dir):
+        if int(checkpoint.name.split("-")[-1]) > step:
+            shutil.rmtree(checkpoint)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

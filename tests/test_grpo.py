@@ -109,7 +109,7 @@ def test_gradients_do_not_depend_on_the_cut(folder: Path, loss_type: str) -> Non
         batches = fixed_experience(folder, c, ref, batch).next_step()
         assert sum(isinstance(b, RolloutBatch) for b in batches) == accumulation
         policy.zero_grad()
-        loop.accumulate_gradients(policy, objective, batches, Window())
+        loop.accumulate_gradients(objective, batches, Window())
         seen[batch, accumulation] = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     whole = seen[8, 1]
     assert all(float(grad.abs().max()) > 0 for grad in whole.values())
@@ -201,3 +201,34 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
         grpo.run(config(folder, output_dir=str(tmp_path / "b"), reward_funcs=[f"{rewards}:short_list"]))
     with pytest.raises(RewardError, match="text: score 0 must be a finite number"):
         grpo.run(config(folder, output_dir=str(tmp_path / "c"), reward_funcs=[f"{rewards}:text"]))
+
+
+def test_a_step_whose_answers_are_all_cut_off_updates_nothing_and_goes_on(folder: Path, tmp_path: Path) -> None:
+    out = grpo.run(
+        config(folder, output_dir=str(tmp_path), mask_truncated_completions=True, max_completion_length=1, max_steps=2)
+    )
+    assert read_metrics(out)[-1]["completions/clipped_ratio"] > 0.9
+
+
+def test_autocast_keeps_the_kl_of_a_model_with_itself_at_zero(folder: Path, tmp_path: Path) -> None:
+    line = read_metrics(grpo.run(config(folder, output_dir=str(tmp_path), bf16=True, max_steps=1)))[0]
+    assert line["kl"] == 0.0 and line["ratio/max_deviation"] == 0.0
+
+
+def test_max_steps_counts_optimiser_steps(folder: Path, tmp_path: Path) -> None:
+    lines = read_metrics(grpo.run(config(folder, output_dir=str(tmp_path), max_steps=3, num_iterations=2)))
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+def test_logged_terms_are_means_over_their_own_items(folder: Path, tmp_path: Path) -> None:
+    sft = [str(folder / "sft.jsonl")]
+    c = config(folder, output_dir=str(tmp_path), ptx_dataset_name=sft, ptx_kl_weight=0.5, learning_rate=1e-2)
+    last = read_metrics(grpo.run(c))[-1]
+    assert last["loss/ptx"] == pytest.approx(last["ptx/kl"]) and last["loss/ptx"] > 0
+    assert last["loss/kl"] == pytest.approx(last["kl"])
+
+
+def test_a_causal_lm_is_no_reward_model(folder: Path, tmp_path: Path) -> None:
+    c = config(folder, output_dir=str(tmp_path), reward_model=str(folder / "other"), reward_funcs=[])
+    with pytest.raises(ConfigError, match=r"reward_model .*other: score.weight is not saved there"):
+        grpo.run(c)

@@ -14,6 +14,7 @@ import tiny
 from nova_kernels.packing import pack_samples
 from nova_train import loop, state
 from nova_train.chat import Chat
+from nova_train.config import ConfigError
 from nova_train.datasets import read_rows
 from nova_train.metrics import Window, read_metrics
 from nova_train.model import load_causal_lm, load_reward_model, load_tokenizer
@@ -26,7 +27,7 @@ CUTS = [(8, 1), (4, 2), (2, 4), (1, 8)]
 
 def gradients(model: torch.nn.Module, objective: object, batches: Sequence[object]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    loop.accumulate_gradients(model, objective, batches, Window())
+    loop.accumulate_gradients(objective, batches, Window())
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -173,3 +174,20 @@ def test_held_out_loss_counts_each_token_once(folder: Path, tmp_path: Path) -> N
     lines = read_metrics(sft.run(config))
     train_loss, held_out = lines[-2]["loss"], lines[-1]["eval_loss"]
     assert held_out == pytest.approx(train_loss, rel=1e-5), "a step over the whole set has the loss of the whole set"
+
+
+def test_another_runs_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    sft.run(sft_config(folder, output_dir=str(tmp_path / "a"), save_steps=2))
+    checkpoint = str(tmp_path / "a" / "checkpoint-4")
+    other = sft_config(
+        folder, output_dir=str(tmp_path / "b"), learning_rate=3e-3, save_steps=2, resume_from_checkpoint=checkpoint
+    )
+    with pytest.raises(state.StateError, match="checkpoint-4: it belongs to a run with another configuration"):
+        sft.run(other)
+    same = sft.run(sft_config(folder, output_dir=str(tmp_path / "c"), save_steps=2, resume_from_checkpoint=checkpoint))
+    assert (same / "model.safetensors").read_bytes() == (tmp_path / "a" / "model.safetensors").read_bytes()
+
+
+def test_a_missing_model_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model .*nowhere: no such folder here, and not on the Hub"):
+        sft.run(sft_config(folder, output_dir=str(tmp_path), model_name_or_path=str(tmp_path / "nowhere")))

@@ -92,7 +92,7 @@ def test_a_text_has_one_score_alone_padded_and_packed(folder: Path, tmp_path: Pa
 
 
 def test_reading_the_score_one_token_early_would_fail_that_test(folder: Path) -> None:
-    model = load_reward_model(folder / "model", config(folder), frozen=True)
+    model = load_reward_model(folder / "model", config(folder)).eval()
     packed = pack_samples([{"input_ids": [1, 20, 30, 2]}, {"input_ids": [1, 40, 2]}])
     with torch.no_grad():
         hidden = hidden_states(model, packed)
@@ -107,7 +107,7 @@ def terms(folder: Path, pairs: list[Pair], alpha: float = 0.7) -> tuple[float, d
     model.score.weight.data.normal_()
     objective = reward.PairwiseAndAbsolute(model, None, {"bt": 1.0, "score": alpha, "lm": 0.0})
     window = Window()
-    accumulate_gradients(model, objective, [reward.collate_pairs(pairs, {})], window)
+    accumulate_gradients(objective, [reward.collate_pairs(pairs, {})], window)
     return window.means()["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 

@@ -15,7 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassifi
 import tiny
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
-from nova_train.model import load_tokenizer
+from nova_train.model import load_reward_model, load_tokenizer
 from nova_train.rewards import (
     REWARD_MODEL,
     Judge,
@@ -183,6 +183,7 @@ def test_judge_weighs_model_and_functions(tmp_path: Path) -> None:
     folder = tiny.save_model(tmp_path / "model")
     tokenizer = load_tokenizer(folder)
     config = TrainConfig(output_dir="unused", dataset_name=["unused"], max_length=64, learning_rate=1.0)
+    load_reward_model(folder, config).save_pretrained(folder)
     chat = Chat(tokenizer)
     functions = ["nova_train.world.reward:score"]
     judge = Judge.load(str(folder), functions, [0.5, 2.0], config, chat)

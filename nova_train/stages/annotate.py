@@ -22,7 +22,7 @@ from nova_train.chat import Chat
 from nova_train.config import ConfigError, fingerprint, identity
 from nova_train.datasets import read_rows
 from nova_train.model import load_plain_causal_lm, load_tokenizer
-from nova_train.rewards import call_reward_functions, load_reward_functions
+from nova_train.rewards import call_reward_functions, load_reward_functions, total_rewards
 from nova_train.rollout import generate, sampling_seed
 from nova_train.samples import Prompt, prompts
 
@@ -56,6 +56,9 @@ class AnnotateConfig:
             raise ConfigError("reward_funcs is empty: give at least one module:function that scores answers")
         if self.num_generations < 2:
             raise ConfigError(f"num_generations must be at least 2 (a pair), got {self.num_generations}")
+        for key in ("max_length", "max_completion_length", "batch_size", "num_threads"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in ("flip_rate", "score_rate"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ConfigError(f"{key} must lie in [0, 1], got {getattr(self, key)}")
@@ -86,11 +89,15 @@ def run(config: AnnotateConfig) -> Path:
     texts = [chat.decode(completion.ids) for completion in completions]
     functions = load_reward_functions(config.reward_funcs)
     by_function = call_reward_functions(functions, repeated, texts, [completion.ids for completion in completions])
-    scores = torch.stack(list(by_function.values())).nansum(0).view(-1, n).tolist()
+    scores = total_rewards(by_function).view(-1, n).tolist()
     pairs = pairs_of(asked, [texts[i : i + n] for i in range(0, len(texts), n)], scores, config)
     with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for row in pairs:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if not pairs:
+        log.warning(
+            "annotate: all answers to each prompt score the same: no pair; raise temperature or num_generations"
+        )
     log.info("annotate: %d prompts gave %d pairs", len(asked), len(pairs))
     state.mark_finished(folder, fingerprint(identity(config)), pairs=len(pairs))
     return folder

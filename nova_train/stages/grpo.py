@@ -14,6 +14,7 @@ not.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nova_kernels.logprob import linear_logprobs
 from nova_kernels.packing import IGNORE_INDEX
@@ -35,7 +36,15 @@ from nova_train.evaluate import mean_rewards
 from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch
 from nova_train.loader import PackedLoader, ShuffledLoader
 from nova_train.losses import clipped_policy_loss, next_token_targets
-from nova_train.model import check_head, hidden_states, lm_head, load_causal_lm, load_tokenizer
+from nova_train.model import (
+    check_head,
+    end_generation_at,
+    hidden_states,
+    lm_head,
+    load_causal_lm,
+    load_model_config,
+    load_tokenizer,
+)
 from nova_train.rewards import Judge
 from nova_train.rollout import Completion, generate, sampling_seed
 from nova_train.samples import Prompt, prompts, sft_samples
@@ -81,10 +90,25 @@ class GRPOConfig(TrainConfig):
             object.__setattr__(self, "ptx_dataset_name", [self.ptx_dataset_name])
         if self.model_name_or_path is None:
             raise ConfigError("model_name_or_path is missing: the policy to start from")
+        for key in (
+            "max_completion_length",
+            "rollout_batch_size",
+            "num_iterations",
+            "ptx_batch_size",
+            "epsilon",
+            "temperature",
+        ):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"{key} must be positive, got {getattr(self, key)}")
+        for key in ("beta", "ptx_kl_weight", "advantage_eps", "reward_std_floor", "eval_temperature"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key} must be at least 0, got {getattr(self, key)}")
+        if self.epsilon_high is not None and self.epsilon_high <= 0:
+            raise ConfigError(f"epsilon_high must be positive or null, got {self.epsilon_high}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.num_generations < 2:
             raise ConfigError(f"num_generations must be at least 2 (a group), got {self.num_generations}")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature must be positive, got {self.temperature}")
         if self.reward_model is None and not self.reward_funcs:
             raise ConfigError("no reward: give reward_model, reward_funcs or both")
         judges = len(self.reward_funcs) + (self.reward_model is not None)
@@ -111,26 +135,26 @@ class PolicyObjective:
 
     def terms(self, batch: RolloutBatch | PTXBatch) -> loop.LossTerms:
         hidden = hidden_states(self.model, batch.packed)
-        targets = next_token_targets(batch.packed.labels)
+        targets = next_token_targets(batch.packed.labels).to(hidden.device)
         active = targets != IGNORE_INDEX
         if isinstance(batch, PTXBatch):
             return self._ptx_terms(hidden[active], batch.ref)
         return self._policy_terms(hidden[active], targets[active], batch)
 
     def _ptx_terms(self, hidden: Tensor, ref: TopK) -> loop.LossTerms:
-        head = lm_head(self.model)
+        head, ref = lm_head(self.model), ref.to(hidden.device)
         kl = linear_topk_kl_div(
             hidden, head.weight, ref, temperature=self.config.temperature, tail=self.config.kl_tail, **head.kwargs()
         )
         return loop.LossTerms(sums={"ptx": kl.sum()}, metrics={"ptx/kl": (kl.detach().sum(), kl.numel())})
 
     def _policy_terms(self, hidden: Tensor, targets: Tensor, batch: RolloutBatch) -> loop.LossTerms:
-        config, head = self.config, lm_head(self.model)
+        config, head, ref = self.config, lm_head(self.model), batch.ref.to(hidden.device)
         out = linear_logprobs(
             hidden,
             head.weight,
             targets,
-            ref=batch.ref,
+            ref=ref,
             temperature=config.temperature,
             tail=config.kl_tail,
             **head.kwargs(),
@@ -143,8 +167,8 @@ class PolicyObjective:
             )
         policy = clipped_policy_loss(
             out.logprobs,
-            batch.old_logprobs,
-            batch.token_advantages,
+            batch.old_logprobs.to(hidden.device),
+            batch.token_advantages.to(hidden.device),
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
         )
@@ -153,7 +177,7 @@ class PolicyObjective:
         if kl_penalty.kl_in_loss(config.kl_placement) and config.beta > 0:
             sums["kl"] = (weights * out.kl).sum()
         n = float(targets.numel())
-        ref_mass = torch.exp(torch.logsumexp(batch.ref.values / config.temperature, dim=-1) - batch.ref.lse)
+        ref_mass = torch.exp(torch.logsumexp(ref.values / config.temperature, dim=-1) - ref.lse)
         metrics: dict[str, tuple[Tensor | float, float]] = {
             "kl": (out.kl.detach().sum(), n),
             "entropy": (out.entropy.sum(), n),
@@ -177,6 +201,7 @@ def run(config: GRPOConfig) -> Path:
     chat = Chat(load_tokenizer(source))
     policy = load_causal_lm(start.model_path(source), config)
     check_head(policy)
+    end_generation_at(policy, chat.end_of_turn_id)
     judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat)
     loader = ShuffledLoader(
         _prompts(config.dataset_name, config, chat),
@@ -184,7 +209,7 @@ def run(config: GRPOConfig) -> Path:
         per_micro_batch=config.per_device_train_batch_size,
         epochs=config.num_train_epochs,
         seed=config.seed,
-        max_steps=config.max_steps,
+        max_steps=None if config.max_steps is None else math.ceil(config.max_steps / config.num_iterations),
     )
     experience = Experience(
         loader,
@@ -193,6 +218,7 @@ def run(config: GRPOConfig) -> Path:
         lambda some, places: _answers(policy, chat, config, some, places, config.temperature),
         judge.score,
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
+        max_steps=config.max_steps,
     )
     held_out = _prompts(config.eval_dataset_name, config, chat) if config.eval_dataset_name else []
 
@@ -248,7 +274,7 @@ def check_top_k(model_path: str, k: int) -> None:
     Raises:
         ConfigError: k below 2 or above the vocabulary.
     """
-    vocabulary = AutoConfig.from_pretrained(model_path).vocab_size
+    vocabulary = load_model_config(model_path).vocab_size
     if not 2 <= k <= vocabulary:
         raise ConfigError(f"kl_top_k must lie in [2, {vocabulary}] (the vocabulary of {model_path}), got {k}")
 

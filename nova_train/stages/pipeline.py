@@ -38,7 +38,7 @@ from nova_train.config import (
     unknown_name,
 )
 from nova_train.stages.kinds import stage_named
-from nova_train.state import StateError, finished_fingerprint
+from nova_train.state import StateError, finished_fingerprint, holds_work
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def is_done(stage: PlannedStage) -> bool:
         StateError: the folder was started with other keys or other inputs.
     """
     path = stage.folder / _RECORD
-    if not path.exists() or not _holds_work(stage.folder):
+    if not path.exists() or not holds_work(stage.folder):
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["fingerprint"] != stage.fingerprint:
@@ -221,18 +221,13 @@ def _range(stages: Sequence[PlannedStage], first: str | None, last: str | None) 
 def _record(stage: PlannedStage) -> None:
     """Note which run the folder is about to hold, before the stage makes anything in it."""
     stage.folder.mkdir(parents=True, exist_ok=True)
-    if not _holds_work(stage.folder):
+    if not holds_work(stage.folder):
         (stage.folder / _CLAIM).unlink(missing_ok=True)
     path = stage.folder / _RECORD
     text = json.dumps({"fingerprint": stage.fingerprint, "run": stage.kind, "keys": identity(stage.config)}, indent=1)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def _holds_work(folder: Path) -> bool:
-    """Whether a stage left anything but its name: one that stopped at a typo may start again with other keys."""
-    return any(path.name not in (_RECORD, _CLAIM) for path in folder.iterdir())
 
 
 def _difference(found: Mapping[str, Any], stage: PlannedStage) -> str:

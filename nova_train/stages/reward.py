@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nova_kernels.logprob import linear_cross_entropy
 from nova_kernels.packing import IGNORE_INDEX, PackedBatch, pack_samples
@@ -29,7 +29,16 @@ from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import read_rows
 from nova_train.loader import ShuffledLoader
 from nova_train.losses import bradley_terry, next_token_targets, score_error
-from nova_train.model import give_own_pad_token, hidden_states, load_reward_model, load_tokenizer
+from nova_train.model import (
+    Head,
+    check_head,
+    give_own_pad_token,
+    hidden_states,
+    lm_head,
+    load_causal_lm,
+    load_reward_model,
+    load_tokenizer,
+)
 from nova_train.rewards import last_token_rewards
 from nova_train.samples import Pair, preference_pairs
 
@@ -73,9 +82,12 @@ def score_scales(pairs: Sequence[Pair]) -> dict[str, ScoreScale]:
         values.setdefault(pair.source, []).extend(known)
     scales = {}
     for source, scores in values.items():
-        mean = sum(scores) / len(scores) if scores else 0.0
-        variance = sum((s - mean) ** 2 for s in scores) / len(scores) if scores else 0.0
-        scales[source] = ScoreScale(mean, math.sqrt(variance) or 1.0, len(scores))
+        if len(set(scores)) < 2:
+            scales[source] = ScoreScale(scores[0] if scores else 0.0, 1.0, len(scores))
+            continue
+        mean = sum(scores) / len(scores)
+        variance = sum((s - mean) ** 2 for s in scores) / len(scores)
+        scales[source] = ScoreScale(mean, math.sqrt(variance), len(scores))
     return scales
 
 
@@ -115,7 +127,7 @@ class PairwiseAndAbsolute:
     """The objective: terms bt (per pair), score (per two scored answers) and lm (per chosen token)."""
 
     model: PreTrainedModel
-    head_weight: Tensor | None  # LM head for the lm term; None: the (tied) input embeddings
+    head: Head | None  # LM head for the lm term; None: the input embeddings, which it is tied to
     weights: Mapping[str, float]
 
     def counts(self, batch: PairBatch) -> Mapping[str, float]:
@@ -132,8 +144,10 @@ class PairwiseAndAbsolute:
         errors = score_error(rewards, batch.scores.to(rewards))
         sums = {"bt": bradley_terry(chosen, rejected).sum(), "score": errors.sum()}
         if self.weights["lm"] > 0:
-            weight = self.model.get_input_embeddings().weight if self.head_weight is None else self.head_weight
-            sums["lm"] = linear_cross_entropy(hidden, weight, next_token_targets(batch.packed.labels)).sum()
+            targets = next_token_targets(batch.packed.labels).to(hidden.device)
+            tied = self.model.get_input_embeddings().weight
+            weight, options = (tied, {}) if self.head is None else (self.head.weight, self.head.kwargs())
+            sums["lm"] = linear_cross_entropy(hidden, weight, targets, **options).sum()
         margin = (chosen - rejected).detach()
         scored = float((~torch.isnan(batch.scores)).sum())
         metrics: dict[str, tuple[Tensor | float, float]] = {
@@ -158,7 +172,7 @@ def run(config: RewardConfig) -> Path:
     scales = score_scales(pairs)
     held_out = _read_pairs(config.eval_dataset_name, chat, config) if config.eval_dataset_name else []
     model = load_reward_model(start.model_path(source), config)
-    give_own_pad_token(model, tokenizer)
+    give_own_pad_token(model, tokenizer, chat.end_of_turn_id)
 
     def save_extra(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
@@ -216,10 +230,10 @@ def _read_pairs(names: Sequence[str], chat: Chat, config: RewardConfig) -> list[
     return preference_pairs(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
 
 
-def _untied_head(path: str, config: RewardConfig) -> Tensor | None:
-    """The starting model's LM head, frozen, where it is not the input embedding; None where it is."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype))
-    if model.config.tie_word_embeddings:
-        return None
-    weight: Tensor = model.get_output_embeddings().weight.detach()
-    return weight
+def _untied_head(path: str, config: RewardConfig) -> Head | None:
+    """The starting model's LM head, frozen, where it is more than the input embeddings; None where it is not."""
+    model = load_causal_lm(path, config, frozen=True)
+    check_head(model)
+    head = lm_head(model)
+    plain = model.config.tie_word_embeddings and head.bias is None and head.softcap is None
+    return None if plain else head

@@ -23,7 +23,7 @@ from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import Row, read_rows
 from nova_train.loader import PackedLoader
 from nova_train.losses import next_token_targets
-from nova_train.model import check_head, hidden_states, lm_head, load_causal_lm, load_tokenizer
+from nova_train.model import check_head, end_generation_at, hidden_states, lm_head, load_causal_lm, load_tokenizer
 from nova_train.samples import sft_samples
 
 Sample = Mapping[str, Any]
@@ -58,7 +58,8 @@ class NextToken:
     def terms(self, batch: PackedBatch) -> loop.LossTerms:
         head = lm_head(self.model)
         hidden = hidden_states(self.model, batch)
-        losses = linear_cross_entropy(hidden, head.weight, next_token_targets(batch.labels), **head.kwargs())
+        targets = next_token_targets(batch.labels).to(hidden.device)
+        losses = linear_cross_entropy(hidden, head.weight, targets, **head.kwargs())
         return loop.LossTerms(sums={"sft": losses.sum()})
 
 
@@ -89,6 +90,7 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
     loader = packed_loader(samples_of(config.dataset_name), config, packing=config.packing)
     model = load_causal_lm(start.model_path(str(config.model_name_or_path)), config)
     check_head(model)
+    end_generation_at(model, chat.end_of_turn_id)
     objective = NextToken(model, {"sft": 1.0})
     held_out = samples_of(config.eval_dataset_name) if config.eval_dataset_name else []
     loop.train(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?<!\d)-?\d[\d,]*(?:\.\d+)?")  # the 3 in "10-3" is no -3
 ANSWER_LINE = re.compile(r"####\s*-?\$?\d[\d,]*(?:\.\d+)?\s*$")
 
 
