@@ -215,7 +215,7 @@ def test_metrics_per_category() -> None:
 
 def reward_model(folder: Path, chat: Chat) -> Any:
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
-    give_own_pad_token(model, chat.tokenizer)
+    give_own_pad_token(model, chat.tokenizer, chat.end_of_turn_id)
     return model.eval()
 
 

@@ -195,7 +195,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.save_model(folder / f"model-{seed}", seed)
     tokenizer = load_tokenizer(folder / "model-0")
     scorer = AutoModelForSequenceClassification.from_pretrained(folder / "model-0", num_labels=1)
-    give_own_pad_token(scorer, tokenizer)
+    give_own_pad_token(scorer, tokenizer, tokenizer.eos_token_id)
     scorer.save_pretrained(folder / "rm")
     tokenizer.save_pretrained(folder / "rm")
     shutil.copytree(folder / "model-1", folder / "pas")
