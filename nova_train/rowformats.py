@@ -56,6 +56,9 @@ def rename_columns(row: Row, columns: Mapping[str, str]) -> Row:
     needed = [name for text in columns.values() for name in (_SLOT.findall(text) or [text])]
     if any(name not in row for name in needed):
         return row
+    slots = dict.fromkeys(slot for text in columns.values() for slot in _SLOT.findall(text))
+    if empty := [slot for slot in slots if row[slot] is None]:
+        raise DataError(f"{row.place}: field {empty[0]!r}: expected a value for dataset_columns, got null")
     values: dict[str, Any] = {
         ours: _SLOT.sub(lambda slot: str(row[slot[1]]), text) if _SLOT.search(text) else row[text]
         for ours, text in columns.items()
@@ -190,7 +193,7 @@ def _alpaca(row: Row) -> list[dict[str, str]]:
         turns.append({"role": "system", "content": _text(row, "system")})
     history = row.get("history") or []
     for turn in history if isinstance(history, Sequence) and not isinstance(history, str) else [history]:
-        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2 or not all(map(_is_text, turn)):
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2 or not all(map(is_text, turn)):
             _wrong(row, "history", "a list of [question, answer]", history)
         turns += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     question = _text(row, "instruction")
@@ -233,7 +236,7 @@ def _message(row: Row, field: str, item: object) -> dict[str, str]:
             _wrong(row, f"{field}.role", "a role: system, user, assistant or tool", role)
     if isinstance(content, list):
         content = _joined_parts(row, f"{field}.{key}", content)
-    if not _is_text(content):
+    if not is_text(content):
         _wrong(row, f"{field}.{key}", "text", content)
     return {"role": role, "content": content}
 
@@ -254,20 +257,20 @@ def _joined_parts(row: Row, field: str, parts: list[object]) -> str:
 def _text_or_messages(row: Row, field: str) -> str | list[dict[str, str]]:
     if isinstance(row[field], (list, tuple, Mapping)):
         return _messages(row, field)
-    if not _is_text(row[field]):
+    if not is_text(row[field]):
         _wrong(row, field, "text or a list of messages", row[field])
     text: str = row[field]
     return text
 
 
 def _text(row: Row, field: str) -> str:
-    if not _is_text(row.get(field)):
+    if not is_text(row.get(field)):
         _wrong(row, field, "text", row.get(field))
     text: str = row[field]
     return text
 
 
-def _is_text(value: object) -> TypeGuard[str]:
+def is_text(value: object) -> TypeGuard[str]:
     """A string that can be written as UTF-8 (JSON may hold half of a surrogate pair)."""
     if not isinstance(value, str):
         return False

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from nova_train.datafiles import Row
 from nova_train.datasets import DataError, read_rows
+from nova_train.rowformats import rename_columns
 
 USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CHAT = {"messages": [USER, REPLY]}
@@ -299,3 +301,9 @@ EXAMPLES = re.findall(r"^\| ([^|,]+)[^|]* \| `(\{.+?\})` \|", PAGE, flags=re.MUL
 def test_the_rows_of_the_page_are_read(tmp_path: Path, name: str, row: str) -> None:
     assert len(EXAMPLES) == 10
     assert one(tmp_path, row, KINDS[name])
+
+
+def test_a_null_in_a_composed_column_is_refused() -> None:
+    row = Row({"Body": "b", "Question": None}, place="svamp.jsonl:3")
+    with pytest.raises(DataError, match=r"svamp.jsonl:3: field 'Question': expected a value .* got null"):
+        rename_columns(row, {"user": "{Body}. {Question}"})

@@ -17,7 +17,7 @@ from nova_train.augment import PASSettings, count_words, pas_prompt
 from nova_train.chat import Chat
 from nova_train.config import ConfigError
 from nova_train.datafiles import BadRows, DataError, Row, shown
-from nova_train.rowformats import canonical_row
+from nova_train.rowformats import canonical_row, is_text
 from nova_train.samples import sft_samples
 from nova_train.stages import sft
 
@@ -86,13 +86,13 @@ def conversations(rows: Sequence[Row], settings: PASSettings, on_bad_row: Litera
 def _conversation(row: Row, settings: PASSettings) -> Row:
     prompt: Any = canonical_row(row, "prompt")["prompt"]
     complement = row.get("complement")
-    if not isinstance(complement, str) or not complement.strip():
+    if not is_text(complement) or not complement.strip():
         raise DataError(
             f"{row.place}: field 'complement': expected text, got {shown(complement)}; "
             "name the column with dataset_columns, such as {complement: supplement}"
         )
     keywords = row.get("keywords") or []
-    if not isinstance(keywords, list) or not all(isinstance(word, str) for word in keywords):
+    if not isinstance(keywords, list) or not all(is_text(word) for word in keywords):
         raise DataError(f"{row.place}: field 'keywords': expected a list of texts, got {shown(keywords)}")
     question = {"role": "user", "content": pas_prompt(prompt, settings, keywords)}
     answer = {"role": "assistant", "content": complement.strip()}
