@@ -72,6 +72,7 @@ class EvalConfig:
     max_completion_length: int = 256  # tokens
     batch_size: int = 256  # answers per generation batch
     on_bad_row: Literal["error", "skip"] = "error"
+    dataset_columns: dict[str, str] = field(default_factory=dict)  # our column name -> theirs, or a text with {theirs}
     seed: int = 0
     num_threads: int = 1  # CPU threads
     disable_progress: bool = False
@@ -159,7 +160,9 @@ class _Augmented:
 
     def __init__(self, settings: AugmenterConfig, config: EvalConfig) -> None:
         self.answer_models = list(config.models) if settings.answer_models is None else settings.answer_models
-        self._rows = read_rows(settings.dataset_name, kind="prompt", on_bad_row=config.on_bad_row)
+        self._rows = read_rows(
+            settings.dataset_name, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns
+        )
         self._categories = _column(self._rows, settings.category_column or "category")
         plain = [row["prompt"] for row in self._rows]
         keywords = None if settings.keywords_column is None else _column(self._rows, settings.keywords_column)
@@ -227,7 +230,7 @@ def _measure_reward_model(config: EvalConfig) -> tuple[nn.Module | None, dict[st
         return model, {}
     chat = Chat(load_tokenizer(config.reward_model))
     pairs = preference_pairs(
-        read_rows(config.pairs, kind="preference", on_bad_row=config.on_bad_row),
+        read_rows(config.pairs, kind="preference", on_bad_row=config.on_bad_row, columns=config.dataset_columns),
         chat,
         config.max_length,
     )
@@ -251,7 +254,7 @@ def _pair_facts(measured: PairScores, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def _read_prompts(names: Sequence[str], chat: Chat, config: EvalConfig) -> list[Prompt]:
-    rows = read_rows(names, kind="prompt", on_bad_row=config.on_bad_row)
+    rows = read_rows(names, kind="prompt", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
     return prompts(rows, chat, config.max_length)
 
 
