@@ -142,6 +142,7 @@ class Training(Generic[MicroBatch]):
         self.total_steps = len(self.source)
         self.step = 0
         self.tokens = 0
+        self.lines: int | None = None  # of metrics.jsonl
         unnamed = {name: value for name, value in identity(self.config).items() if name != "output_dir"}
         self.fingerprint = fingerprint({"stage": self.start.stage, **unnamed})
 
@@ -153,7 +154,7 @@ class Training(Generic[MicroBatch]):
                 f"resume_from_checkpoint {checkpoint}: it belongs to a run with another configuration; "
                 "continue that run with its own, or start from its model with model_name_or_path"
             )
-        self.step, self.tokens = saved["step"], saved["tokens"]
+        self.step, self.tokens, self.lines = saved["step"], saved["tokens"], saved["lines"]
         self.optimizers.load_state_dict(saved["optimizers"])
         self.source.load_state_dict(saved["source"])
         self.window.load_state_dict(saved["window"])
@@ -167,6 +168,7 @@ class Training(Generic[MicroBatch]):
             "run": self.fingerprint,
             "step": self.step,
             "tokens": self.tokens,
+            "lines": self.lines,
             "optimizers": self.optimizers.state_dict(),
             "source": self.source.state_dict(),
             "window": self.window.state_dict(),
@@ -194,7 +196,9 @@ def train(run: Training[Any]) -> None:
     if run.start.checkpoint is not None:
         run.restore(run.start.checkpoint)
         state.drop_newer(config.output_dir, run.step)
-    metrics = MetricsLog(config.output_dir, step=run.step, report_to=config.report_to, run_name=config.output_dir)
+    metrics = MetricsLog(
+        config.output_dir, step=run.step, lines=run.lines, report_to=config.report_to, run_name=config.output_dir
+    )
     with _progress(run) as advance, _interrupt() as interrupted:
         while run.step < run.total_steps:
             started = time.perf_counter()
@@ -205,14 +209,18 @@ def train(run: Training[Any]) -> None:
             if run.step % config.logging_steps == 0 or run.step == run.total_steps:
                 metrics.write(run.step, {**run.window.means(), "num_tokens": run.tokens})
                 metrics.write_timing(run.step, {"step_time": seconds, "tokens_per_second": tokens / seconds})
+            last = run.step == run.total_steps
             due = config.eval_steps is not None and run.step % config.eval_steps == 0
-            if run.evaluate is not None and (due or run.step == run.total_steps):
+            if run.evaluate is not None and due and not last:
                 metrics.write(run.step, run.evaluate())
             advance(tokens)
+            run.lines = metrics.lines
             if interrupted():
                 raise Interrupted(run.step, run.save())
-            if run.step % config.save_steps == 0 and run.step < run.total_steps:
-                run.save()
+            if run.evaluate is not None if last else run.step % config.save_steps == 0:
+                run.save()  # before the closing evaluation too, so that nothing is lost if it is cut off
+        if run.evaluate is not None:
+            metrics.write(run.step, run.evaluate())
     run.write_model(Path(config.output_dir))
     state.mark_finished(
         config.output_dir,

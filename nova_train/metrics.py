@@ -45,20 +45,30 @@ class Window:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl and timing.jsonl of one run, cut back to `step` at the start."""
+    """Appends lines to metrics.jsonl and timing.jsonl of one run, cut back at the start to what a state knows of."""
 
-    def __init__(self, output_dir: str | Path, *, step: int, report_to: Sequence[str] = (), run_name: str = "") -> None:
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        step: int,
+        lines: int | None = None,
+        report_to: Sequence[str] = (),
+        run_name: str = "",
+    ) -> None:
+        """Keep the lines up to `step`, and of metrics.jsonl no more than `lines` (None: all of them)."""
         folder = Path(output_dir)
         self._metrics = folder / "metrics.jsonl"
         self._timing = folder / "timing.jsonl"
-        for path in (self._metrics, self._timing):
-            _cut_back(path, step)
+        self.lines = _cut_back(self._metrics, step, lines)  # of metrics.jsonl, part of a run's state
+        _cut_back(self._timing, step, None)
         self._trackers = [_open_tracker(name, folder, run_name) for name in report_to]
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics; values are rounded to 9 significant digits."""
         line = {"step": step, **{name: _rounded(value) for name, value in values.items()}}
         _append(self._metrics, line)
+        self.lines += 1
         for send in self._trackers:
             send(step, {name: float(value) for name, value in values.items()})
 
@@ -85,20 +95,22 @@ def _append(path: Path, line: Mapping[str, Any]) -> None:
         file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
-def _cut_back(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a last line that a killed process left half-written goes too."""
+def _cut_back(path: Path, step: int, lines: int | None) -> int:
+    """Keep the lines up to `step`, at most `lines`; one that a killed process left half-written goes too."""
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept: list[str] = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         try:
             if line and json.loads(line)["step"] <= step:
                 kept.append(line)
         except json.JSONDecodeError:
             break
+    kept = kept[:lines]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)
+    return len(kept)
 
 
 def _open_tracker(name: str, folder: Path, run_name: str) -> Any:

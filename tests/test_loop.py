@@ -191,3 +191,17 @@ def test_another_runs_checkpoint_is_refused(folder: Path, tmp_path: Path) -> Non
 def test_a_missing_model_is_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model .*nowhere: no such folder here, and not on the Hub"):
         sft.run(sft_config(folder, output_dir=str(tmp_path), model_name_or_path=str(tmp_path / "nowhere")))
+
+
+def test_a_run_killed_in_its_closing_evaluation_evaluates_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"eval_dataset_name": [str(folder / "sft.jsonl")], "eval_steps": 4}
+    whole = sft.run(sft_config(folder, output_dir=str(tmp_path / "whole"), **options))
+    monkeypatch.setattr(state, "mark_finished", lambda *args, **facts: (_ for _ in ()).throw(OSError("killed")))
+    with pytest.raises(OSError, match="killed"):
+        sft.run(sft_config(folder, output_dir=str(tmp_path / "cut"), **options))
+    monkeypatch.undo()
+    out = sft.run(sft_config(folder, output_dir=str(tmp_path / "cut"), **options))
+    assert [line["step"] for line in read_metrics(out)] == [2, 4, 4, 6, 6]
+    assert (out / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
