@@ -71,14 +71,6 @@ class Source(Protocol[Produced]):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Stateful(Protocol):
-    """Anything else of a stage that must survive a restart (running reward moments, a second loader)."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
 class Interrupted(Exception):
     """Ctrl-C: the step in progress was completed and saved; the same command continues."""
 
@@ -123,7 +115,6 @@ class Training(Generic[MicroBatch]):
 
     save_extra: writes what a stage keeps beside the model (tokenizer, reward statistics) into a folder.
     evaluate: metrics of held-out data, called every `eval_steps` and at the end; must not use the global generators.
-    keep: further objects whose state belongs to the run.
     """
 
     config: TrainConfig
@@ -133,7 +124,6 @@ class Training(Generic[MicroBatch]):
     source: Source[MicroBatch]
     save_extra: Callable[[Path], None]
     evaluate: Callable[[], Mapping[str, float]] | None = None
-    keep: Mapping[str, Stateful] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # goes into finished.json
 
     def __post_init__(self) -> None:
@@ -158,8 +148,6 @@ class Training(Generic[MicroBatch]):
         self.optimizers.load_state_dict(saved["optimizers"])
         self.source.load_state_dict(saved["source"])
         self.window.load_state_dict(saved["window"])
-        for name, thing in self.keep.items():
-            thing.load_state_dict(saved["keep"][name])
         state.restore_rng(saved["rng"])
 
     def save(self) -> Path:
@@ -172,7 +160,6 @@ class Training(Generic[MicroBatch]):
             "optimizers": self.optimizers.state_dict(),
             "source": self.source.state_dict(),
             "window": self.window.state_dict(),
-            "keep": {name: thing.state_dict() for name, thing in self.keep.items()},
             "rng": state.rng_state(),
         }
         return state.save_checkpoint(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,7 @@ def run(config: RewardConfig) -> Path:
 
     def save_extra(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
-        facts = {"reward_position": "last token", "score_scales": {k: as_json(v) for k, v in scales.items()}}
+        facts = {"reward_position": "last token", "score_scales": {k: asdict(v) for k, v in scales.items()}}
         (folder / "reward_config.json").write_text(json.dumps(facts, indent=1, sort_keys=True), encoding="utf-8")
 
     objective = PairwiseAndAbsolute(
@@ -218,11 +218,6 @@ def evaluate_pairs(
         correct += float(metrics["accuracy"][0])
         margin += float(metrics["margin"][0])
     return {"eval_accuracy": correct / len(pairs), "eval_margin": margin / len(pairs)}
-
-
-def as_json(scale: ScoreScale) -> dict[str, float]:
-    """A score scale as plain JSON."""
-    return {"mean": scale.mean, "std": scale.std, "count": scale.count}
 
 
 def _read_pairs(names: Sequence[str], chat: Chat, config: RewardConfig) -> list[Pair]:
