@@ -8,9 +8,12 @@ Every op lists its candidates, fastest first, each with the reason it cannot run
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from collections.abc import Mapping
+from functools import lru_cache
+from types import ModuleType
 
 import torch
 
@@ -54,6 +57,33 @@ def choose(op: str, requested: str | None, reasons: Mapping[str, str | None]) ->
             return name
         skipped.append(f"not {name!r}: {reason}")
     raise BackendUnavailableError(f"{op}: no backend can run: {'; '.join(skipped)}")
+
+
+@lru_cache(maxsize=1)
+def _native() -> ModuleType | str:
+    """The C++ extension, or why it cannot be loaded."""
+    try:
+        return importlib.import_module("nova_kernels._native")
+    except ImportError as failure:
+        return f"the C++ extension is not here ({failure}); reinstall where a C++17 compiler is installed"
+
+
+def why_not_native() -> str | None:
+    """Why the C++ extension cannot run; None if it can."""
+    native = _native()
+    return native if isinstance(native, str) else None
+
+
+def native_extension() -> ModuleType:
+    """nova_kernels._native, the C++ of csrc/.
+
+    Raises:
+        BackendUnavailableError: it was not built.
+    """
+    native = _native()
+    if isinstance(native, str):
+        raise BackendUnavailableError(native)
+    return native
 
 
 def _from_environment(op: str, reasons: Mapping[str, str | None]) -> str | None:

@@ -1,0 +1,295 @@
+// nova_kernels._native: the one place where C++ meets Python. Arrays come in as NumPy buffers and are never copied; the
+// GIL is released while the work is done. Front doors check their inputs and word their errors; what is checked here
+// again is what would otherwise read or write past an array.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "packing/buffer.h"
+#include "packing/collate.h"
+#include "packing/plan.h"
+#include "packing/stream.h"
+
+namespace py = pybind11;
+using namespace nova::packing;
+
+namespace {
+
+using Int64s = py::array_t<std::int64_t, py::array::c_style>;
+
+void require(bool holds, const char* message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+// A vector as a NumPy array that owns it.
+Int64s as_array(std::vector<std::int64_t> values) {
+  auto* owned = new std::vector<std::int64_t>(std::move(values));
+  const py::capsule owner(owned, [](void* memory) { delete static_cast<std::vector<std::int64_t>*>(memory); });
+  return Int64s(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+// An uninitialised NumPy array.
+Int64s allocate(std::int64_t size) {
+  auto* owned = new Buffer<std::int64_t>(size);
+  const py::capsule owner(owned, [](void* memory) { delete static_cast<Buffer<std::int64_t>*>(memory); });
+  return Int64s(size, owned->data(), owner);
+}
+
+// ---- planning
+
+void require_capacity(std::int64_t capacity) {
+  require(capacity >= 1 && capacity <= std::int64_t{1} << 26, "capacity must be 1 ... 2^26");
+}
+
+template <class Length>
+py::tuple plan_typed(const py::array_t<Length, py::array::c_style>& array, std::int64_t capacity,
+                     const std::string& strategy, std::optional<std::uint64_t> seed) {
+  const Length* lengths = array.data();
+  const std::int64_t n = array.size();
+  require_capacity(capacity);
+  require(n <= std::numeric_limits<std::int32_t>::max(), "at most 2^31 - 1 samples");
+  require(strategy == "best_fit" || strategy == "search" || strategy == "auto" || strategy == "sequential",
+          "unknown strategy");
+  Int64s order = allocate(n);
+  std::int64_t* out = order.mutable_data();
+  std::vector<std::int64_t> offsets;
+  std::int64_t bound;
+  {
+    const py::gil_scoped_release nogil;
+    const Histogram counts = count(lengths, n, capacity);
+    bound = lower_bound(counts);
+    if (strategy == "sequential") {
+      offsets = sequential(lengths, n, capacity, seed, out);
+    } else {
+      const Runs runs = strategy == "best_fit" ? best_fit(counts)
+                        : strategy == "search" ? search(counts)
+                                               : best_of_all(counts);
+      offsets = deal(runs, counts, lengths, n, seed, out);
+    }
+  }
+  return py::make_tuple(std::move(order), as_array(std::move(offsets)), bound);
+}
+
+py::tuple plan(const py::array& lengths, std::int64_t capacity, const std::string& strategy,
+               std::optional<std::uint64_t> seed) {
+  require(lengths.ndim() == 1 && (lengths.flags() & py::array::c_style), "lengths must be a contiguous [N] array");
+  if (py::isinstance<py::array_t<std::int32_t>>(lengths))
+    return plan_typed<std::int32_t>(lengths, capacity, strategy, seed);
+  require(py::isinstance<Int64s>(lengths), "lengths must be int32 or int64");
+  return plan_typed<std::int64_t>(lengths, capacity, strategy, seed);
+}
+
+// ---- streaming
+
+class PyStream {
+ public:
+  PyStream(std::int64_t capacity, std::int64_t window) : capacity_(capacity), stream_(checked(capacity, window)) {}
+
+  // Numbers of the samples of every pack that closes, one array for each.
+  py::list push(std::int64_t first_id, const Int64s& lengths) {
+    require(lengths.ndim() == 1, "lengths must be [N]");
+    const std::int64_t* values = lengths.data();
+    const std::int64_t n = lengths.size();
+    for (std::int64_t i = 0; i < n; ++i)
+      require(values[i] >= 1 && values[i] <= capacity_, "lengths must be 1 ... capacity");
+    std::vector<std::vector<Sample>> packs;
+    {
+      const py::gil_scoped_release nogil;
+      for (std::int64_t i = 0; i < n; ++i) {
+        stream_.push({first_id + i, values[i]});
+        if (stream_.full()) packs.push_back(stream_.close());
+      }
+    }
+    return as_list(packs);
+  }
+
+  py::list flush() {
+    std::vector<std::vector<Sample>> packs;
+    while (!stream_.empty()) packs.push_back(stream_.close());
+    return as_list(packs);
+  }
+
+  std::pair<Int64s, Int64s> waiting() const {
+    std::vector<std::int64_t> ids, lengths;
+    for (const Sample& sample : stream_.waiting()) {
+      ids.push_back(sample.id);
+      lengths.push_back(sample.length);
+    }
+    return {as_array(std::move(ids)), as_array(std::move(lengths))};
+  }
+
+ private:
+  static Stream checked(std::int64_t capacity, std::int64_t window) {
+    require_capacity(capacity);
+    require(window >= 1 && window <= std::numeric_limits<std::int32_t>::max(), "window must be 1 ... 2^31 - 1");
+    return Stream(capacity, window);
+  }
+
+  static py::list as_list(const std::vector<std::vector<Sample>>& packs) {
+    py::list arrays(packs.size());
+    for (std::size_t pack = 0; pack < packs.size(); ++pack) {
+      Int64s ids(static_cast<py::ssize_t>(packs[pack].size()));
+      for (std::size_t i = 0; i < packs[pack].size(); ++i) ids.mutable_data()[i] = packs[pack][i].id;
+      arrays[pack] = std::move(ids);
+    }
+    return arrays;
+  }
+
+  std::int64_t capacity_;
+  Stream stream_;
+};
+
+// ---- collation
+
+std::optional<TokenType> token_type(const py::dtype& dtype) {
+  const bool is_signed = dtype.kind() == 'i';
+  if (!is_signed && dtype.kind() != 'u') return std::nullopt;
+  switch (dtype.itemsize()) {
+    case 1: return is_signed ? TokenType::int8 : TokenType::uint8;
+    case 2: return is_signed ? TokenType::int16 : TokenType::uint16;
+    case 4: return is_signed ? TokenType::int32 : TokenType::uint32;
+    default: return is_signed ? std::optional(TokenType::int64) : std::nullopt;
+  }
+}
+
+bool is_contiguous(const py::array& array) { return (array.flags() & py::array::c_style) != 0; }
+
+// A list of Python integers as an array; nothing if there is anything else in it.
+std::optional<py::array> read_list(PyObject* list) {
+  const Py_ssize_t size = PyList_GET_SIZE(list);
+  Int64s values(size);
+  std::int64_t* out = values.mutable_data();
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = PyList_GET_ITEM(list, i);
+    if (!PyLong_CheckExact(item)) return std::nullopt;
+    int overflow = 0;
+    out[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
+    if (overflow != 0) return std::nullopt;
+  }
+  return values;
+}
+
+std::optional<py::array> read_array(PyObject* value, const py::object& asarray) {
+  if (PyList_CheckExact(value)) return read_list(value);
+  auto array = py::reinterpret_borrow<py::object>(value);
+  if (!py::isinstance<py::array>(array)) {
+    if (!py::hasattr(array, "__array__")) return std::nullopt;
+    array = asarray(array);
+  }
+  return py::reinterpret_borrow<py::array>(array);
+}
+
+// The fields of dictionaries as one list of arrays per name, input_ids first: all of the same length within a sample, none
+// empty, input_ids and labels [l] of integers, any other field of one type and one shape behind its first dimension.
+// None where anything is otherwise; the caller finds out what and says so.
+std::optional<std::vector<py::list>> columns_of(const py::list& samples, const py::list& names, const py::object& asarray) {
+  std::vector<py::list> columns;
+  for (std::size_t field = 0; field < names.size(); ++field) columns.emplace_back(samples.size());
+  std::vector<py::array> first(names.size());
+  for (std::size_t sample = 0; sample < samples.size(); ++sample) {
+    PyObject* fields = samples[sample].ptr();
+    if (!PyDict_CheckExact(fields) || PyDict_GET_SIZE(fields) != static_cast<Py_ssize_t>(names.size()))
+      return std::nullopt;
+    py::ssize_t length = 0;
+    for (std::size_t field = 0; field < names.size(); ++field) {
+      const py::object name = names[field];
+      PyObject* value = PyDict_GetItemWithError(fields, name.ptr());
+      if (value == nullptr) {
+        if (PyErr_Occurred()) throw py::error_already_set();
+        return std::nullopt;
+      }
+      const std::optional<py::array> array = read_array(value, asarray);
+      if (!array || array->ndim() == 0 || !is_contiguous(*array)) return std::nullopt;
+      if (field == 0) length = array->shape(0);
+      if (length == 0 || array->shape(0) != length) return std::nullopt;
+      const bool is_tokens = field == 0 || name.equal(py::str("labels"));
+      if (is_tokens) {
+        if (array->ndim() != 1 || !token_type(array->dtype())) return std::nullopt;
+      } else if (sample == 0) {
+        first[field] = *array;
+      } else {
+        if (array->ndim() != first[field].ndim() || !array->dtype().equal(first[field].dtype())) return std::nullopt;
+        for (py::ssize_t axis = 1; axis < array->ndim(); ++axis)
+          if (array->shape(axis) != first[field].shape(axis)) return std::nullopt;
+      }
+      columns[field][sample] = *array;
+    }
+  }
+  return columns;
+}
+
+std::vector<Tokens> tokens_of(const py::list& arrays) {
+  std::vector<Tokens> tokens;
+  tokens.reserve(arrays.size());
+  for (const py::handle item : arrays) {
+    const auto array = py::reinterpret_borrow<py::array>(item);
+    require(py::isinstance<py::array>(item) && array.ndim() == 1 && is_contiguous(array), "expected contiguous [l] arrays");
+    const std::optional<TokenType> type = token_type(array.dtype());
+    require(type.has_value() && array.size() > 0, "expected integers, at least one");
+    tokens.push_back({array.data(), array.size(), *type});
+  }
+  return tokens;
+}
+
+std::int64_t lay_out_row(const py::list& ids, const std::optional<py::list>& labels, Int64s input_ids, Int64s labels_out,
+                         Int64s position_ids, py::array_t<std::int32_t, py::array::c_style> cu_seqlens) {
+  const std::vector<Tokens> tokens = tokens_of(ids);
+  std::optional<std::vector<Tokens>> targets;
+  if (labels) targets = tokens_of(*labels);
+  const std::int64_t total = input_ids.size();
+  std::int64_t used = 0;
+  for (std::size_t sample = 0; sample < tokens.size(); ++sample) {
+    used += tokens[sample].length;
+    require(!targets || (targets->size() == tokens.size() && (*targets)[sample].length == tokens[sample].length),
+            "labels must be as long as input_ids");
+  }
+  require(used <= total && total <= std::numeric_limits<std::int32_t>::max(), "the tokens must fit in the row");
+  require(labels_out.size() == total && position_ids.size() == total, "the outputs must be of one size");
+  require(cu_seqlens.size() == static_cast<py::ssize_t>(tokens.size()) + (used < total ? 2 : 1),
+          "cu_seqlens must have one entry per segment and one more");
+  const Row row{input_ids.mutable_data(), labels_out.mutable_data(), position_ids.mutable_data(),
+                cu_seqlens.mutable_data()};
+  const py::gil_scoped_release nogil;
+  return lay_out(tokens, targets ? &*targets : nullptr, total, row);
+}
+
+void concatenate_arrays(const py::list& arrays, py::array out) {
+  std::vector<Bytes> pieces;
+  pieces.reserve(arrays.size());
+  std::int64_t used = 0;
+  for (const py::handle item : arrays) {
+    const auto array = py::reinterpret_borrow<py::array>(item);
+    require(py::isinstance<py::array>(item) && is_contiguous(array), "expected contiguous arrays");
+    require(array.dtype().equal(out.dtype()), "expected arrays of the output's type");
+    pieces.push_back({array.data(), array.nbytes()});
+    used += array.nbytes();
+  }
+  require(is_contiguous(out) && used <= out.nbytes(), "the arrays must fit in the output");
+  void* const data = out.mutable_data();
+  const std::int64_t total = out.nbytes();
+  const py::gil_scoped_release nogil;
+  concatenate(pieces, total, data);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "C++ parts of nova_kernels; called through the front doors of its packages.";
+  module.def("plan", &plan, py::arg("lengths"), py::arg("capacity"), py::arg("strategy"), py::arg("seed"),
+             "Lengths -> (order, offsets, lower bound).");
+  py::class_<PyStream>(module, "Stream")
+      .def(py::init<std::int64_t, std::int64_t>(), py::arg("capacity"), py::arg("window"))
+      .def("push", &PyStream::push, py::arg("first_id"), py::arg("lengths").noconvert())
+      .def("flush", &PyStream::flush)
+      .def("waiting", &PyStream::waiting, "Numbers and lengths of the samples that wait, oldest first.");
+  module.def("columns_of", &columns_of, py::arg("samples"), py::arg("names"), py::arg("asarray"));
+  module.def("lay_out", &lay_out_row, py::arg("ids"), py::arg("labels"), py::arg("input_ids").noconvert(),
+             py::arg("labels_out").noconvert(), py::arg("position_ids").noconvert(), py::arg("cu_seqlens").noconvert(),
+             "Write one row; returns the length of its longest segment.");
+  module.def("concatenate", &concatenate_arrays, py::arg("arrays"), py::arg("out"));
+}
