@@ -20,6 +20,7 @@ using namespace nova::packing;
 
 namespace {
 
+using Int32s = py::array_t<std::int32_t, py::array::c_style>;
 using Int64s = py::array_t<std::int64_t, py::array::c_style>;
 
 void require(bool holds, const char* message) {
@@ -46,42 +47,33 @@ void require_capacity(std::int64_t capacity) {
   require(capacity >= 1 && capacity <= std::int64_t{1} << 26, "capacity must be 1 ... 2^26");
 }
 
-template <class Length>
-py::tuple plan_typed(const py::array_t<Length, py::array::c_style>& array, std::int64_t capacity,
-                     const std::string& strategy, std::optional<std::uint64_t> seed) {
-  const Length* lengths = array.data();
-  const std::int64_t n = array.size();
+py::tuple plan(const Int32s& lengths, std::int64_t capacity, const std::string& strategy,
+               std::optional<std::uint64_t> seed) {
   require_capacity(capacity);
-  require(n <= std::numeric_limits<std::int32_t>::max(), "at most 2^31 - 1 samples");
+  require(lengths.ndim() == 1, "lengths must be [N]");
+  require(lengths.size() <= std::numeric_limits<std::int32_t>::max(), "at most 2^31 - 1 samples");
   require(strategy == "best_fit" || strategy == "search" || strategy == "auto" || strategy == "sequential",
           "unknown strategy");
+  const std::int32_t* values = lengths.data();
+  const std::int64_t n = lengths.size();
   Int64s order = allocate(n);
   std::int64_t* out = order.mutable_data();
   std::vector<std::int64_t> offsets;
   std::int64_t bound;
   {
     const py::gil_scoped_release nogil;
-    const Histogram counts = count(lengths, n, capacity);
+    const Histogram counts = count(values, n, capacity);
     bound = lower_bound(counts);
     if (strategy == "sequential") {
-      offsets = sequential(lengths, n, capacity, seed, out);
+      offsets = sequential(values, n, capacity, seed, out);
     } else {
       const Runs runs = strategy == "best_fit" ? best_fit(counts)
                         : strategy == "search" ? search(counts)
                                                : best_of_all(counts);
-      offsets = deal(runs, counts, lengths, n, seed, out);
+      offsets = deal(runs, counts, values, n, seed, out);
     }
   }
   return py::make_tuple(std::move(order), as_array(std::move(offsets)), bound);
-}
-
-py::tuple plan(const py::array& lengths, std::int64_t capacity, const std::string& strategy,
-               std::optional<std::uint64_t> seed) {
-  require(lengths.ndim() == 1 && (lengths.flags() & py::array::c_style), "lengths must be a contiguous [N] array");
-  if (py::isinstance<py::array_t<std::int32_t>>(lengths))
-    return plan_typed<std::int32_t>(lengths, capacity, strategy, seed);
-  require(py::isinstance<Int64s>(lengths), "lengths must be int32 or int64");
-  return plan_typed<std::int64_t>(lengths, capacity, strategy, seed);
 }
 
 // ---- streaming
@@ -108,11 +100,13 @@ class PyStream {
     return as_list(packs);
   }
 
-  py::list flush() {
-    std::vector<std::vector<Sample>> packs;
-    while (!stream_.empty()) packs.push_back(stream_.close());
-    return as_list(packs);
+  // Numbers of the samples of the next pack, however few wait.
+  Int64s close() {
+    require(!stream_.empty(), "no samples wait");
+    return numbers_of(stream_.close());
   }
+
+  std::int64_t size() const { return stream_.size(); }
 
   std::pair<Int64s, Int64s> waiting() const {
     std::vector<std::int64_t> ids, lengths;
@@ -132,12 +126,14 @@ class PyStream {
 
   static py::list as_list(const std::vector<std::vector<Sample>>& packs) {
     py::list arrays(packs.size());
-    for (std::size_t pack = 0; pack < packs.size(); ++pack) {
-      Int64s ids(static_cast<py::ssize_t>(packs[pack].size()));
-      for (std::size_t i = 0; i < packs[pack].size(); ++i) ids.mutable_data()[i] = packs[pack][i].id;
-      arrays[pack] = std::move(ids);
-    }
+    for (std::size_t pack = 0; pack < packs.size(); ++pack) arrays[pack] = numbers_of(packs[pack]);
     return arrays;
+  }
+
+  static Int64s numbers_of(const std::vector<Sample>& pack) {
+    Int64s numbers(static_cast<py::ssize_t>(pack.size()));
+    for (std::size_t i = 0; i < pack.size(); ++i) numbers.mutable_data()[i] = pack[i].id;
+    return numbers;
   }
 
   std::int64_t capacity_;
@@ -174,53 +170,66 @@ std::optional<py::array> read_list(PyObject* list) {
   return values;
 }
 
+// An array, a list of integers, a tensor, or what np.asarray reads through __array__.
 std::optional<py::array> read_array(PyObject* value, const py::object& asarray) {
   if (PyList_CheckExact(value)) return read_list(value);
   auto array = py::reinterpret_borrow<py::object>(value);
   if (!py::isinstance<py::array>(array)) {
     if (!py::hasattr(array, "__array__")) return std::nullopt;
-    array = asarray(array);
+    try {
+      array = py::hasattr(array, "numpy") ? array.attr("numpy")() : asarray(array);
+    } catch (const py::error_already_set&) {
+      return std::nullopt;  // a tensor on another device, or of a type that NumPy lacks
+    }
   }
   return py::reinterpret_borrow<py::array>(array);
 }
 
-// The fields of dictionaries as one list of arrays per name, input_ids first: all of the same length within a sample, none
-// empty, input_ids and labels [l] of integers, any other field of one type and one shape behind its first dimension.
-// None where anything is otherwise; the caller finds out what and says so.
-std::optional<std::vector<py::list>> columns_of(const py::list& samples, const py::list& names, const py::object& asarray) {
+// The fields of dictionaries, one list of arrays per name; nothing where a sample has other fields or values.
+std::optional<std::vector<py::list>> read_rows(const py::list& samples, const py::list& names,
+                                               const py::object& asarray) {
   std::vector<py::list> columns;
   for (std::size_t field = 0; field < names.size(); ++field) columns.emplace_back(samples.size());
-  std::vector<py::array> first(names.size());
   for (std::size_t sample = 0; sample < samples.size(); ++sample) {
     PyObject* fields = samples[sample].ptr();
     if (!PyDict_CheckExact(fields) || PyDict_GET_SIZE(fields) != static_cast<Py_ssize_t>(names.size()))
       return std::nullopt;
-    py::ssize_t length = 0;
     for (std::size_t field = 0; field < names.size(); ++field) {
-      const py::object name = names[field];
-      PyObject* value = PyDict_GetItemWithError(fields, name.ptr());
+      PyObject* value = PyDict_GetItemWithError(fields, PyList_GET_ITEM(names.ptr(), field));
       if (value == nullptr) {
         if (PyErr_Occurred()) throw py::error_already_set();
         return std::nullopt;
       }
-      const std::optional<py::array> array = read_array(value, asarray);
-      if (!array || array->ndim() == 0 || !is_contiguous(*array)) return std::nullopt;
-      if (field == 0) length = array->shape(0);
-      if (length == 0 || array->shape(0) != length) return std::nullopt;
-      const bool is_tokens = field == 0 || name.equal(py::str("labels"));
-      if (is_tokens) {
-        if (array->ndim() != 1 || !token_type(array->dtype())) return std::nullopt;
-      } else if (sample == 0) {
-        first[field] = *array;
-      } else {
-        if (array->ndim() != first[field].ndim() || !array->dtype().equal(first[field].dtype())) return std::nullopt;
-        for (py::ssize_t axis = 1; axis < array->ndim(); ++axis)
-          if (array->shape(axis) != first[field].shape(axis)) return std::nullopt;
-      }
-      columns[field][sample] = *array;
+      std::optional<py::array> array = read_array(value, asarray);
+      if (!array) return std::nullopt;
+      columns[field][sample] = std::move(*array);
     }
   }
   return columns;
+}
+
+// Whether lay_out and concatenate can take these columns: contiguous arrays, equally long within a sample and not empty;
+// in the first `token_columns` of them integers [l], in the others one type and one shape behind the first dimension.
+bool are_regular(const std::vector<py::list>& columns, std::size_t token_columns) {
+  for (std::size_t field = 0; field < columns.size(); ++field) {
+    if (columns[field].size() != columns[0].size()) return false;
+    py::array first;
+    for (std::size_t sample = 0; sample < columns[0].size(); ++sample) {
+      const py::object item = columns[field][sample];
+      if (!py::isinstance<py::array>(item)) return false;
+      const auto array = py::reinterpret_borrow<py::array>(item);
+      if (array.ndim() == 0 || !is_contiguous(array) || array.shape(0) == 0) return false;
+      if (field > 0 && array.shape(0) != py::reinterpret_borrow<py::array>(columns[0][sample]).shape(0)) return false;
+      if (field < token_columns) {
+        if (array.ndim() != 1 || !token_type(array.dtype())) return false;
+        continue;
+      }
+      if (sample == 0) first = array;
+      if (array.ndim() != first.ndim() || !array.dtype().equal(first.dtype())) return false;
+      if (!std::equal(array.shape() + 1, array.shape() + array.ndim(), first.shape() + 1)) return false;
+    }
+  }
+  return true;
 }
 
 std::vector<Tokens> tokens_of(const py::list& arrays) {
@@ -237,7 +246,7 @@ std::vector<Tokens> tokens_of(const py::list& arrays) {
 }
 
 std::int64_t lay_out_row(const py::list& ids, const std::optional<py::list>& labels, Int64s input_ids, Int64s labels_out,
-                         Int64s position_ids, py::array_t<std::int32_t, py::array::c_style> cu_seqlens) {
+                         Int64s position_ids, Int32s cu_seqlens) {
   const std::vector<Tokens> tokens = tokens_of(ids);
   std::optional<std::vector<Tokens>> targets;
   if (labels) targets = tokens_of(*labels);
@@ -280,16 +289,21 @@ void concatenate_arrays(const py::list& arrays, py::array out) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ parts of nova_kernels; called through the front doors of its packages.";
-  module.def("plan", &plan, py::arg("lengths"), py::arg("capacity"), py::arg("strategy"), py::arg("seed"),
+  module.def("plan", &plan, py::arg("lengths").noconvert(), py::arg("capacity"), py::arg("strategy"), py::arg("seed"),
              "Lengths -> (order, offsets, lower bound).");
   py::class_<PyStream>(module, "Stream")
       .def(py::init<std::int64_t, std::int64_t>(), py::arg("capacity"), py::arg("window"))
       .def("push", &PyStream::push, py::arg("first_id"), py::arg("lengths").noconvert())
-      .def("flush", &PyStream::flush)
+      .def("close", &PyStream::close)
+      .def("__len__", &PyStream::size)
       .def("waiting", &PyStream::waiting, "Numbers and lengths of the samples that wait, oldest first.");
-  module.def("columns_of", &columns_of, py::arg("samples"), py::arg("names"), py::arg("asarray"));
+  module.def("read_rows", &read_rows, py::arg("samples"), py::arg("names"), py::arg("asarray"),
+             "The samples' fields, one list of arrays per name; None where they are not plain and alike.");
+  module.def("are_regular", &are_regular, py::arg("columns"), py::arg("token_columns"),
+             "Whether lay_out and concatenate can take these columns.");
   module.def("lay_out", &lay_out_row, py::arg("ids"), py::arg("labels"), py::arg("input_ids").noconvert(),
              py::arg("labels_out").noconvert(), py::arg("position_ids").noconvert(), py::arg("cu_seqlens").noconvert(),
              "Write one row; returns the length of its longest segment.");
-  module.def("concatenate", &concatenate_arrays, py::arg("arrays"), py::arg("out"));
+  module.def("concatenate", &concatenate_arrays, py::arg("arrays"), py::arg("out").noconvert(),
+             "Write one field; what is left over is zero.");
 }

@@ -134,8 +134,7 @@ std::int64_t lower_bound(const Histogram& counts) {
   return bound;
 }
 
-template <class Length>
-Histogram count(const Length* lengths, std::int64_t n, std::int64_t capacity) {
+Histogram count(const std::int32_t* lengths, std::int64_t n, std::int64_t capacity) {
   Histogram counts(capacity + 1, 0);
   for (std::int64_t i = 0; i < n; ++i) {
     if (lengths[i] < 1 || lengths[i] > capacity) throw std::invalid_argument("lengths must be 1 ... capacity");
@@ -144,8 +143,7 @@ Histogram count(const Length* lengths, std::int64_t n, std::int64_t capacity) {
   return counts;
 }
 
-template <class Length>
-std::vector<std::int64_t> deal(const Runs& runs, const Histogram& counts, const Length* lengths, std::int64_t n,
+std::vector<std::int64_t> deal(const Runs& runs, const Histogram& counts, const std::int32_t* lengths, std::int64_t n,
                                std::optional<std::uint64_t> seed, std::int64_t* order) {
   // Counting sort: the samples of length l are items[first[l]] ... items[first[l + 1] - 1].
   std::vector<std::int32_t> first(counts.size() + 1, 0);
@@ -175,8 +173,7 @@ std::vector<std::int64_t> deal(const Runs& runs, const Histogram& counts, const 
   return offsets;
 }
 
-template <class Length>
-std::vector<std::int64_t> sequential(const Length* lengths, std::int64_t n, std::int64_t capacity,
+std::vector<std::int64_t> sequential(const std::int32_t* lengths, std::int64_t n, std::int64_t capacity,
                                      std::optional<std::uint64_t> seed, std::int64_t* order) {
   std::vector<std::int64_t> starts;
   std::int64_t space = 0;
@@ -196,16 +193,5 @@ std::vector<std::int64_t> sequential(const Length* lengths, std::int64_t n, std:
   }
   return offsets;
 }
-
-template Histogram count(const std::int32_t*, std::int64_t, std::int64_t);
-template Histogram count(const std::int64_t*, std::int64_t, std::int64_t);
-template std::vector<std::int64_t> deal(const Runs&, const Histogram&, const std::int32_t*, std::int64_t,
-                                        std::optional<std::uint64_t>, std::int64_t*);
-template std::vector<std::int64_t> deal(const Runs&, const Histogram&, const std::int64_t*, std::int64_t,
-                                        std::optional<std::uint64_t>, std::int64_t*);
-template std::vector<std::int64_t> sequential(const std::int32_t*, std::int64_t, std::int64_t,
-                                              std::optional<std::uint64_t>, std::int64_t*);
-template std::vector<std::int64_t> sequential(const std::int64_t*, std::int64_t, std::int64_t,
-                                              std::optional<std::uint64_t>, std::int64_t*);
 
 }  // namespace nova::packing

@@ -45,18 +45,15 @@ Runs best_of_all(const Histogram& counts);
 std::int64_t lower_bound(const Histogram& counts);
 
 // Throws std::invalid_argument for a length outside 1 ... capacity.
-template <class Length>
-Histogram count(const Length* lengths, std::int64_t n, std::int64_t capacity);
+Histogram count(const std::int32_t* lengths, std::int64_t n, std::int64_t capacity);
 
 // Runs -> samples, into order[0 ... n - 1]; returns offsets: pack b holds order[offsets[b]] ... order[offsets[b + 1] - 1].
 // A seed shuffles the packs, and the samples of each length before they are dealt.
-template <class Length>
-std::vector<std::int64_t> deal(const Runs& runs, const Histogram& counts, const Length* lengths, std::int64_t n,
+std::vector<std::int64_t> deal(const Runs& runs, const Histogram& counts, const std::int32_t* lengths, std::int64_t n,
                                std::optional<std::uint64_t> seed, std::int64_t* order);
 
 // Next fit: the samples stay in their order; a seed shuffles the packs. Output as in deal.
-template <class Length>
-std::vector<std::int64_t> sequential(const Length* lengths, std::int64_t n, std::int64_t capacity,
+std::vector<std::int64_t> sequential(const std::int32_t* lengths, std::int64_t n, std::int64_t capacity,
                                      std::optional<std::uint64_t> seed, std::int64_t* order);
 
 }  // namespace nova::packing

@@ -27,6 +27,7 @@ class Stream {
   // True when `window` samples wait: close() is due before the next push.
   bool full() const { return size_ == window_; }
   bool empty() const { return size_ == 0; }
+  std::int64_t size() const { return size_; }
 
   void push(Sample sample);
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nova_kernels.packing import reference
-from nova_kernels.varlen import cu_seqlens_from_lengths
+from nova_kernels.backend import choose
+from nova_kernels.packing import native, reference
+from nova_kernels.packing.columns import BITS, as_bits, read_fields, read_samples
+from nova_kernels.varlen import MAX_TOKENS
 
 IGNORE_INDEX = -100  # a label that is not trained, as in Hugging Face models
-RESERVED = ("position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,12 @@ class PackedBatch:
             extra={name: values.to(device) for name, values in self.extra.items()},
         )
 
+    def seq_idx(self) -> Tensor:
+        """The number of its segment for every token, int32 [1, T], as state-space layers want it."""
+        lengths = self.cu_seqlens.diff()
+        index = torch.arange(lengths.numel(), dtype=torch.int32).repeat_interleave(lengths)
+        return index[None].to(self.input_ids.device)
+
     def attention_kwargs(self) -> dict[str, Any]:
         """What a Hugging Face model needs beside input_ids to keep the samples apart."""
         return {
@@ -61,93 +68,114 @@ class PackedBatch:
         }
 
 
-def pack_samples(samples: Sequence[Mapping[str, Any]], *, pad_to: int | None = None) -> PackedBatch:
+def pack_samples(
+    samples: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    *,
+    index: Sequence[int] | np.ndarray | None = None,
+    pad_to: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    out: Mapping[str, Tensor] | None = None,
+    backend: str | None = None,
+) -> PackedBatch:
     """Lay samples side by side in one row, in the order given.
 
     Args:
-        samples: each a mapping with "input_ids" [l] and optionally "labels" [l] (unshifted, -100 = not trained;
-            missing = a copy of input_ids) and any further per-token fields [l]; lists, NumPy arrays or CPU tensors.
-            All samples have the same fields.
+        samples: samples, each a mapping with "input_ids" [l] and optionally "labels" [l] (unshifted, -100 = not
+            trained; missing = a copy of input_ids) and any further per-token fields [l, ...]; lists, NumPy arrays or
+            CPU tensors; all samples have the same fields. Or the fields themselves, each a Ragged, an Arrow list array,
+            or a list with one array per sample.
+        index: numbers of the samples to take, in this order; None = all of them.
         pad_to: length of the row, tokens; what is left over becomes one segment of its own with id 0, label -100
             and zeros in every further field. None = no padding.
+        pad_to_multiple_of: the same, up to the next multiple.
+        out: where to write: tensors [1, >= T, ...] on the CPU by the name of the row they hold (input_ids, labels,
+            position_ids, further fields), in pinned memory for instance; the batch is a view of them. Rows that are not
+            named are allocated.
+        backend: "native" (C++) or "reference"; None takes the first that can run. Both give the same batch.
 
     Returns:
-        PackedBatch. The label of each sample's first token is -100, so that no sample predicts the next one's
-        first token. Integer fields come out as int64, other dtypes are kept.
+        PackedBatch. The label of each sample's first token is -100, so that no sample predicts the next one's first
+        token. input_ids, labels and position_ids are int64, further fields keep their type.
 
     Raises:
-        ValueError: a field that is missing, has another length than input_ids, or is computed here
-            (position_ids, attention_mask, ...); a sample without tokens; more tokens than `pad_to`.
+        ValueError: a field that is missing, has another length than input_ids, or is computed here (position_ids,
+            attention_mask, ...); a sample without tokens; more tokens than `pad_to` or than int32 boundaries can count;
+            a buffer of `out` that is too small or of another type.
+        IndexError: a number in `index` that is no sample.
+        BackendUnavailableError: the named backend cannot run.
     """
-    names = _field_names(samples)
-    columns = {name: [_column(samples, name, index) for index in range(len(samples))] for name in names}
-    lengths = [ids.size for ids in columns["input_ids"]]
-    for name, arrays in columns.items():
-        for index, array in enumerate(arrays):
-            if array.size != lengths[index]:
-                raise ValueError(
-                    f"pack_samples: sample {index}: expected {name} [{lengths[index]}] as long as input_ids, "
-                    f"got [{array.size}]"
-                )
-    if 0 in lengths:
-        raise ValueError(f"pack_samples: sample {lengths.index(0)} has no tokens; leave empty samples out")
-    used = sum(lengths)
+    name = choose("pack_samples", backend, {"native": native.why_not(), "reference": None})
+    if isinstance(samples, Mapping):
+        columns = read_fields(samples, index, name == "native")
+    else:
+        chosen = samples if index is None else [samples[number] for number in np.asarray(index, np.int64).tolist()]
+        columns = read_samples(chosen, name == "native")
+    writer = {"native": native, "reference": reference}[name]
+    used = sum(map(len, columns["input_ids"]))
+    total = _row_length(used, pad_to, pad_to_multiple_of)
+    ids, labels = columns.pop("input_ids"), columns.pop("labels", None)
+    rows = _Rows(out or {}, total, ["input_ids", "labels", "position_ids", *columns])
+    tokens = [rows.take(row, (), torch.int64) for row in ("input_ids", "labels", "position_ids")]
+    cu_seqlens = torch.empty(len(ids) + (2 if used < total else 1), dtype=torch.int32)
+    longest = writer.lay_out(ids, labels, *(row.numpy()[0] for row in tokens), cu_seqlens.numpy())
+    extra = {}
+    for field_name, arrays in columns.items():
+        extra[field_name] = row = rows.take(field_name, arrays[0].shape[1:], _type_of(samples, field_name, arrays[0]))
+        writer.concatenate(arrays, as_bits(row).numpy()[0])
+    return PackedBatch(
+        input_ids=tokens[0],
+        labels=tokens[1],
+        position_ids=tokens[2],
+        cu_seqlens=cu_seqlens,
+        max_seqlen=longest,
+        padding=total - used,
+        extra=extra,
+    )
+
+
+def _row_length(used: int, pad_to: int | None, pad_to_multiple_of: int | None) -> int:
     total = used if pad_to is None else pad_to
     if total < used:
         raise ValueError(
             f"pack_samples: {used} tokens do not fit in pad_to={pad_to}; plan the packs with that capacity"
         )
-    segments = lengths + ([total - used] if total > used else [])
-    cu_seqlens = cu_seqlens_from_lengths(segments)
-    rows = {
-        name: torch.from_numpy(reference.concatenate(arrays, total, IGNORE_INDEX if name == "labels" else 0))
-        for name, arrays in columns.items()
-    }
-    input_ids = rows.pop("input_ids")
-    labels = rows.pop("labels") if "labels" in rows else input_ids.clone()
-    labels[0, used:] = IGNORE_INDEX
-    labels[0, cu_seqlens[: len(lengths)].long()] = IGNORE_INDEX
-    return PackedBatch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=_positions(segments, total),
-        cu_seqlens=cu_seqlens,
-        max_seqlen=max(segments, default=0),
-        padding=total - used,
-        extra=rows,
-    )
+    if pad_to_multiple_of is not None:
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pack_samples: pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}")
+        total = -(-total // pad_to_multiple_of) * pad_to_multiple_of
+    if total > MAX_TOKENS:
+        raise ValueError(
+            f"pack_samples: {total} tokens do not fit in int32 boundaries; use rows of at most {MAX_TOKENS} tokens"
+        )
+    return total
 
 
-def _positions(segments: Sequence[int], total: int) -> Tensor:
-    starts = np.cumsum([0, *segments], dtype=np.int64)[:-1]
-    return torch.from_numpy((np.arange(total, dtype=np.int64) - np.repeat(starts, segments))[None])
+def _type_of(samples: Any, name: str, array: np.ndarray) -> torch.dtype:
+    """The torch type of a field whose first sample is `array`: NumPy may hold only its bits."""
+    first = None if isinstance(samples, Mapping) else samples[0][name]
+    if isinstance(first, Tensor) and first.dtype in BITS:
+        return first.dtype
+    return torch.from_numpy(array[:0]).dtype
 
 
-def _field_names(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The fields that all samples share, input_ids first."""
-    if not samples:
-        return ["input_ids"]
-    names = list(samples[0])
-    for name in RESERVED:
-        if name in names:
-            raise ValueError(f"pack_samples: {name} is computed from the lengths; remove it from the samples")
-    for index, sample in enumerate(samples):
-        if "input_ids" not in sample:
-            raise ValueError(f"pack_samples: sample {index} has no input_ids, only {sorted(sample)}")
-        if sample.keys() != samples[0].keys():
+class _Rows:
+    """The rows that are written: the caller's, or new ones."""
+
+    def __init__(self, out: Mapping[str, Tensor], total: int, names: Sequence[str]) -> None:
+        if unknown := sorted(out.keys() - set(names)):
+            raise ValueError(f"pack_samples: out has {unknown}, the batch has only {list(names)}")
+        self._out, self._total = out, total
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """[1, T, *shape]"""
+        if name not in self._out:
+            return torch.empty((1, self._total, *shape), dtype=dtype)
+        row = self._out[name]
+        fits = row.ndim == 2 + len(shape) and row.shape[0] == 1 and row.shape[2:] == shape and row.is_contiguous()
+        if not fits or row.dtype != dtype or row.device.type != "cpu" or row.shape[1] < self._total:
+            expected = ", ".join(["1", f">= {self._total}", *map(str, shape)])
             raise ValueError(
-                f"pack_samples: sample {index} has the fields {sorted(sample)}, sample 0 has {sorted(samples[0])}; "
-                "all samples need the same fields"
+                f"pack_samples: expected out[{name!r}] {dtype} [{expected}], contiguous on the CPU, "
+                f"got {row.dtype} {list(row.shape)} on {row.device}"
             )
-    return ["input_ids", *(name for name in names if name != "input_ids")]
-
-
-def _column(samples: Sequence[Mapping[str, Any]], name: str, index: int) -> np.ndarray:
-    array = np.asarray(samples[index][name])
-    if array.ndim != 1:
-        raise ValueError(f"pack_samples: sample {index}: expected {name} of shape [l], got {list(array.shape)}")
-    if array.size == 0 or array.dtype.kind in "iu":
-        return array.astype(np.int64, copy=False)
-    if name in ("input_ids", "labels"):
-        raise ValueError(f"pack_samples: sample {index}: expected integer {name}, got {array.dtype}")
-    return array
+        return row[:, : self._total]

@@ -21,19 +21,23 @@ def why_not(capacity: int = 0) -> str | None:
 
 
 def plan(lengths: np.ndarray, capacity: int, strategy: str, seed: int | None) -> tuple[np.ndarray, np.ndarray, int]:
-    """(order, offsets, lower bound), as `reference.plan`; lengths int32 or int64, contiguous."""
+    """(order, offsets, lower bound), as `reference.plan`; lengths int32 [N]."""
     return native_extension().plan(lengths, capacity, strategy, None if seed is None else seed % 2**64)
 
 
-def Stream(capacity: int, window: int) -> Any:  # noqa: N802, the class of reference.py
+def Stream(capacity: int, window: int) -> Any:
     """`reference.Stream`."""
     return native_extension().Stream(capacity, window)
 
 
-def columns_of(samples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[np.ndarray]] | None:
-    """The samples' fields as lists of arrays; None where a sample is not as every other, or anything but arrays or
-    lists of integers has to be read."""
-    return native_extension().columns_of(samples, names, np.asarray)
+def read_rows(samples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[np.ndarray]] | None:
+    """The samples' fields, one list of arrays per name; None where they are not plain and alike."""
+    return native_extension().read_rows(list(samples), list(names), np.asarray)
+
+
+def are_regular(columns: Sequence[Sequence[np.ndarray]], token_columns: int) -> bool:
+    """Whether `lay_out` and `concatenate` can take these columns; the first `token_columns` of them are ids, labels."""
+    return native_extension().are_regular(columns, token_columns)
 
 
 def lay_out(

@@ -15,9 +15,9 @@ No plan uses fewer packs than
          J1 = {l > C - a},  J2 = {C/2 < l <= C - a},  J3 = {a <= l <= C/2}
     Lk = ceil(sum u_k(l / C)),  u_k(x) = x if (k + 1) x is an integer, floor((k + 1) x) / k otherwise,  1 <= k <= 100
 
-A sample of J1 shares its pack with nothing from J3, two samples above C/2 never share one (Martello and Toth, 1990). u_k
-maps every pack that holds at most 1 to at most 1 (a dual feasible function: Fekete and Schepers, 2001); where all
-samples are a little longer than C/4, L3 knows that only three fit.
+A sample of J1 shares its pack with nothing from J3, two samples above C/2 never share one (Martello and Toth, 1990).
+Whatever sums to at most 1 still does after u_k (a dual feasible function: Fekete and Schepers, 2001): where all samples
+are a little longer than C/4, L3 knows that only three fit.
 
 csrc/packing has the same functions in C++; both give the same plan, item by item.
 """
@@ -40,9 +40,7 @@ TRIES = 512  # complete fillings compared for one pack, at most
 Placement = tuple[int, int]  # (pack, length): the next sample of this length goes into this pack
 
 
-def plan(
-    lengths: np.ndarray, capacity: int, strategy: str, seed: int | None
-) -> tuple[np.ndarray, np.ndarray, int]:
+def plan(lengths: np.ndarray, capacity: int, strategy: str, seed: int | None) -> tuple[np.ndarray, np.ndarray, int]:
     """(order, offsets, lower bound): pack b holds the samples order[offsets[b] : offsets[b + 1]]."""
     sizes = lengths.tolist()
     bound = lower_bound(sizes, capacity)
@@ -81,7 +79,9 @@ def search(lengths: Sequence[int], capacity: int, window: int) -> list[Placement
     """The samples in a random order, as a stream."""
     deck = shuffled(sorted(lengths), 0, SEARCH)
     stream = Stream(capacity, window, min(max(TRIES * 100_000 // max(len(deck), 1), 64), TRIES))
-    packs = stream.push(0, np.array(deck, dtype=np.int64)) + stream.flush()
+    packs = stream.push(0, np.array(deck, dtype=np.int64))
+    while len(stream):
+        packs.append(stream.close())
     return [(b, deck[item]) for b, pack in enumerate(packs) for item in pack.tolist()]
 
 
@@ -130,22 +130,19 @@ class Stream:
         for number, length in enumerate(lengths.tolist(), start=first):
             self._waiting.append((number, length))
             if len(self._waiting) == self._window:
-                packs.append(self._close())
+                packs.append(self.close())
         return packs
 
-    def flush(self) -> list[np.ndarray]:
-        """The packs of all samples that still wait."""
-        packs = []
-        while self._waiting:
-            packs.append(self._close())
-        return packs
+    def __len__(self) -> int:
+        return len(self._waiting)
 
     def waiting(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers and lengths of the samples that wait, oldest first."""
         table = np.array(self._waiting, dtype=np.int64).reshape(-1, 2)
         return table[:, 0].copy(), table[:, 1].copy()
 
-    def _close(self) -> np.ndarray:
+    def close(self) -> np.ndarray:
+        """Numbers of the samples of the next pack, however few wait."""
         number, length = self._waiting.pop(0)
         pack = [number]
         for chosen in fill([size for _, size in self._waiting], self._capacity - length, self._tries):

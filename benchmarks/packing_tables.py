@@ -1,0 +1,197 @@
+"""The tables and pictures that a record of packing draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.records import Record, Row, duration, origin, select, table
+
+OURS = "nova_kernels"
+SIZES = (10_000, 100_000, 1_000_000)
+COLORS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
+
+
+def names(rows: Sequence[Row], fact: str) -> list[Any]:
+    """The values of a fact, in the order of the run."""
+    return list(dict.fromkeys(row[fact] for row in rows if fact in row))
+
+
+def cell(rows: Sequence[Row], write: Callable[[Row], str], **facts: Any) -> str:
+    found = select(rows, **facts)
+    return write(found[0]) if found else ""
+
+
+def time_of(row: Row) -> str:
+    return duration(row["seconds_median"])
+
+
+def over_bound(row: Row) -> str:
+    return f"{row['packs'] - row['lower_bound']:,}"
+
+
+def share(row: Row, digits: int = 2) -> str:
+    """A utilisation in per cent, never rounded up to 100."""
+    scale = 10**digits
+    return f"{int(row['utilization'] * 100 * scale + 1e-6) / scale:.{digits}f} %"
+
+
+def times_ours(rows: Sequence[Row], row: Row, *same: str) -> str:
+    """How many times as long as ours on the same input, by the medians."""
+    ours = select(rows, packer=OURS, **{name: row[name] for name in same})
+    if not ours or row["packer"].startswith(OURS):
+        return ""
+    ratio = row["seconds_median"] / ours[0]["seconds_median"]
+    return f"{ratio:,.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def plan_table(record: Record) -> str:
+    """Chat lengths: time at 8192 by number of samples, packs above the bound by capacity."""
+    rows = select(record["rows"], case="plan", list="chat")
+    header = ["", *(f"{size:,}" for size in SIZES), "slower than ours", "packs above the bound", "utilisation"]
+    lines = []
+    for packer in names(rows, "packer"):
+        main = select(rows, packer=packer, capacity=8192)
+        largest = main[-1]
+        times = [cell(main, time_of, samples=size) for size in SIZES]
+        ratio = times_ours(rows, largest, "samples", "capacity")
+        lines.append([packer, *times, ratio, over_bound(largest), share(largest, 3)])
+    return table(header, lines)
+
+
+def capacities_table(record: Record) -> str:
+    """Chat lengths, 100,000 samples, other capacities."""
+    rows = select(record["rows"], case="plan", list="chat", samples=100_000)
+    return _by_column(rows, "capacity", sorted(names(rows, "capacity")))
+
+
+def clustered_table(record: Record) -> str:
+    rows = select(record["rows"], case="plan", list="clustered")
+    return _by_column(rows, "capacity", sorted(names(rows, "capacity")))
+
+
+def real_table(record: Record) -> str:
+    rows = select(record["rows"], case="plan")
+    drawn = ("chat", "clustered")
+    return _by_column(rows, "list", [name for name in names(rows, "list") if name not in drawn])
+
+
+def _by_column(rows: Sequence[Row], fact: str, values: Sequence[Any]) -> str:
+    """Time and utilisation of every packer, one pair of columns for each value of a fact."""
+    header = [""]
+    for value in values:
+        one = select(rows, **{fact: value})[0]
+        header += [f"{value}, {one['samples']:,} samples", f"packs (bound {one['lower_bound']:,})", "utilisation"]
+    lines = []
+    for packer in names(rows, "packer"):
+        line = [packer]
+        for value in values:
+            facts = {"packer": packer, fact: value}
+            line += [cell(rows, write, **facts) for write in (time_of, lambda row: f"{row['packs']:,}", share)]
+        if any(line[1:]):
+            lines.append(line)
+    return table(header, lines)
+
+
+def utilization_table(record: Record) -> str:
+    """Share of computed tokens that are real, per cent, at 4096 / 8192."""
+    rows = select(record["rows"], case="utilization")
+    lists = names(rows, "list")
+    counts = {name: select(rows, list=name)[0]["samples"] for name in lists}
+    lines = []
+    for method in names(rows, "method"):
+        pairs = [
+            " / ".join(cell(rows, share, method=method, list=name, capacity=capacity) for capacity in (4096, 8192))
+            for name in lists
+        ]
+        lines.append([method, *pairs])
+    return table(["", *(f"{name}, {counts[name]:,}" for name in lists)], lines)
+
+
+def collate_table(record: Record) -> str:
+    rows = select(record["rows"], case="collate")
+    kinds = names(rows, "kind")
+    lines = []
+    for packer in names(rows, "packer"):
+        line = [packer]
+        for kind in kinds:
+            line.append(
+                cell(
+                    rows,
+                    lambda row: f"{time_of(row)} {times_ours(rows, row, 'kind')}".strip(),
+                    packer=packer,
+                    kind=kind,
+                )
+            )
+        lines.append(line)
+    return table(["", *kinds], lines)
+
+
+def stream_table(record: Record) -> str:
+    rows = select(record["rows"], case="stream")
+    cases = list(dict.fromkeys((row["list"], row["capacity"]) for row in rows))
+    lines = []
+    for window in names(rows, "window"):
+        found = [select(rows, window=window, list=name, capacity=capacity)[0] for name, capacity in cases]
+        chat = max(found, key=lambda row: row["samples"])
+        rate = f"{chat['samples'] / chat['seconds_median'] / 1e6:.1f} M/s"
+        lines.append([str(window), rate, *map(share, found)])
+    return table(["samples waiting", "samples planned", *(f"{name}, {capacity}" for name, capacity in cases)], lines)
+
+
+BLOCKS: dict[str, Callable[[Record], str]] = {
+    "packing-plan": plan_table,
+    "packing-capacities": capacities_table,
+    "packing-clustered": clustered_table,
+    "packing-real": real_table,
+    "packing-utilization": utilization_table,
+    "packing-collate": collate_table,
+    "packing-stream": stream_table,
+}
+
+
+def blocks(name: str, record: Record) -> dict[str, Callable[[], str]]:
+    """What may stand in the documentation, from this record, with its origin."""
+    return {
+        block: lambda write=write: f"{write(record)}\n{origin(name, record)}"  # type: ignore[misc]
+        for block, write in BLOCKS.items()
+    }
+
+
+def draw_plan(axes: Any, record: Record) -> None:
+    rows = select(record["rows"], case="plan", list="chat", capacity=8192)
+    for packer in names(rows, "packer"):
+        mine = select(rows, packer=packer)
+        ours = packer == OURS
+        axes.plot(
+            [row["samples"] for row in mine],
+            [row["seconds_median"] for row in mine],
+            marker="o",
+            linewidth=2.5 if ours else 1.0,
+            label=packer,
+            zorder=3 if ours else 2,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="samples", ylabel="seconds for a plan, capacity 8192")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def draw_utilization(axes: Any, record: Record) -> None:
+    rows = select(record["rows"], case="utilization", capacity=8192)
+    methods, lists = names(rows, "method"), names(rows, "list")
+    height = 0.8 / len(lists)
+    for number, name in enumerate(lists):
+        mine = select(rows, list=name)
+        places = [methods.index(row["method"]) + (number + 0.5) * height - 0.4 for row in mine]
+        axes.barh(places, [100 * row["utilization"] for row in mine], height, label=name, color=COLORS[number])
+    axes.set_yticks(range(len(methods)), methods, fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 100), xlabel="tokens that are real, % of those computed, capacity 8192")
+    axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=len(lists), frameon=False)
+
+
+DRAWINGS: dict[str, tuple[Callable[[Any, Record], None], tuple[float, float]]] = {
+    "packing-plan.svg": (draw_plan, (8.0, 4.0)),
+    "packing-utilization.svg": (draw_utilization, (8.0, 5.0)),
+}
+FOLDER = Path("docs") / "kernels"
