@@ -2,6 +2,7 @@
 # make quickstart      the environment, then the whole pipeline on the embedded world: a few minutes on two CPU cores
 # make test            format, lint, types, tests
 # make lint            format, lint, types
+# make sanitize        the C++ core on random inputs under the address and undefined-behaviour sanitizers; FUZZ_SECONDS=60
 # make docs-check      links, commands, recipes and examples of the documentation
 # make clean           remove the environment, builds and caches; runs are kept
 #
@@ -14,18 +15,21 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 TORCH_INDEX ?=
 WORKERS ?= 2
+FUZZ_SECONDS ?= 3
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
 TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 
-.PHONY: env quickstart test lint docs-check clean
+NATIVE := csrc/bindings.cpp $(wildcard csrc/packing/*)
+
+.PHONY: env quickstart test lint sanitize docs-check clean
 
 env: .venv/installed
 
-# The environment is made only where there is none; a changed pin is installed into the existing one.
-.venv/installed: pyproject.toml setup.py constraints.txt
+# The environment is made only where there is none; a changed pin or C++ source is installed into the existing one.
+.venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	@test -x $(BIN)/pip || test -n "$(PYTHON)" || \
 		{ echo "make: no Python 3.11 or newer found; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -47,7 +51,17 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
+# Where there is no compiler, nothing was compiled and the plain Python runs.
+sanitize:
+	@if command -v $(CXX) > /dev/null; then $(MAKE) --no-print-directory build/packing_test && \
+		build/packing_test $(FUZZ_SECONDS); else echo "make: no $(CXX); the C++ core is not checked"; fi
+
+build/packing_test: csrc/tests/packing_test.cpp $(NATIVE)
+	mkdir -p build
+	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror \
+		-Icsrc csrc/tests/packing_test.cpp csrc/packing/*.cpp -o $@
+
+test: lint sanitize
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 docs-check: .venv/installed-dev

@@ -46,7 +46,7 @@ def measure(op: str, device: str, quick: bool) -> int:
             return failed
         record = records.trim(json.loads(raw.read_text(encoding="utf-8")), op, {})
     record["versions"] = versions({row["package"] for row in record["rows"] if "package" in row})
-    sys.stdout.write(f"{records.save(record)}\n")
+    sys.stdout.write(f"{records.save(record, records.ROOT / records.RESULTS)}\n")
     return 0
 
 
@@ -61,35 +61,35 @@ def versions(packages: set[str]) -> dict[str, str]:
     return found
 
 
-def stale(write: bool) -> Iterator[str]:
+def stale(root: Path, *, write: bool) -> Iterator[str]:
     """The pages and pictures that are not what the newest records say; written anew if `write`."""
     blocks: dict[str, Callable[[], str]] = {}
     for op in ops():
-        if (found := records.newest(op)) is None:
+        if (found := records.newest(op, root / records.RESULTS)) is None:
             continue
         tables = import_module(f"benchmarks.{op}_tables")
         blocks |= tables.blocks(*found)
-        yield from stale_drawings(tables, *found, write=write)
-    for path in records.pages():
+        yield from stale_drawings(root, tables, *found, write=write)
+    for path in records.pages(root):
         old = path.read_text(encoding="utf-8")
         try:
             new = records.fill(old, blocks)
         except ValueError as error:
-            sys.exit(f"benchmarks: {path.relative_to(records.ROOT)}: {error}")
+            sys.exit(f"benchmarks: {path.relative_to(root)}: {error}")
         if new != old:
-            yield str(path.relative_to(records.ROOT))
+            yield path.relative_to(root).as_posix()
             if write:
                 path.write_text(new, encoding="utf-8")
 
 
-def stale_drawings(tables: Any, name: str, record: records.Record, *, write: bool) -> Iterator[str]:
+def stale_drawings(root: Path, tables: Any, name: str, record: records.Record, *, write: bool) -> Iterator[str]:
     """A picture is up to date if it names the record it was drawn from."""
     for file, (draw, size) in tables.DRAWINGS.items():
-        path = records.ROOT / tables.FOLDER / file
-        title = f"{file} from {name}, {record['date']}"
+        path = root / file
+        title = f"{path.name} from {name}, {record['date']}"
         if path.exists() and title in path.read_text(encoding="utf-8"):
             continue
-        yield str(tables.FOLDER / file)
+        yield file
         if write:
             save_drawing(path, title, size, lambda axes, draw=draw: draw(axes, record))
 
@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.command != "tables":
         return measure(given.command, given.device, given.quick)
-    changed = list(stale(write=not given.check))
+    changed = list(stale(records.ROOT, write=not given.check))
     verb = "not up to date" if given.check else "written"
     sys.stdout.write("".join(f"{verb}: {path}\n" for path in changed))
     return int(given.check and bool(changed))

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         threads=torch.get_num_threads(),
     )
     if machine_info["device"] == "cuda":
-        machine_info.update(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=version_of("triton"))
+        machine_info.update(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda, triton=version("triton"))
 
 
 def commit() -> str:
@@ -71,14 +71,6 @@ def commit() -> str:
         [*git, "status", "--porcelain", "--", *MEASURED], capture_output=True, text=True, check=True
     )
     return head.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")
-
-
-def version_of(package: str) -> str | None:
-    """The installed version of a distribution, None if there is none."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.records import Record, Row, duration, origin, select, table
@@ -31,10 +30,18 @@ def over_bound(row: Row) -> str:
     return f"{row['packs'] - row['lower_bound']:,}"
 
 
-def share(row: Row, digits: int = 2) -> str:
-    """A utilisation in per cent, never rounded up to 100."""
+def packs_of(row: Row) -> str:
+    return f"{row['packs']:,}"
+
+
+def percent(row: Row, digits: int = 2) -> str:
+    """A utilisation in per cent, never rounded up."""
     scale = 10**digits
-    return f"{int(row['utilization'] * 100 * scale + 1e-6) / scale:.{digits}f} %"
+    return f"{int(row['utilization'] * 100 * scale + 1e-6) / scale:.{digits}f}"
+
+
+def share(row: Row, digits: int = 2) -> str:
+    return f"{percent(row, digits)} %"
 
 
 def times_ours(rows: Sequence[Row], row: Row, *same: str) -> str:
@@ -47,8 +54,8 @@ def times_ours(rows: Sequence[Row], row: Row, *same: str) -> str:
 
 
 def plan_table(record: Record) -> str:
-    """Chat lengths: time at 8192 by number of samples, packs above the bound by capacity."""
     rows = select(record["rows"], case="plan", list="chat")
+    bounds = {row["samples"]: row["lower_bound"] for row in select(rows, capacity=8192)}
     header = ["", *(f"{size:,}" for size in SIZES), "slower than ours", "packs above the bound", "utilisation"]
     lines = []
     for packer in names(rows, "packer"):
@@ -57,75 +64,80 @@ def plan_table(record: Record) -> str:
         times = [cell(main, time_of, samples=size) for size in SIZES]
         ratio = times_ours(rows, largest, "samples", "capacity")
         lines.append([packer, *times, ratio, over_bound(largest), share(largest, 3)])
-    return table(header, lines)
+    return (
+        "Time for a plan of chat lengths at capacity 8192, by number of samples; the three columns on the right are\n"
+        f"for the largest plan of the line. Lower bounds: {' / '.join(f'{n:,}' for n in bounds.values())} packs.\n\n"
+        + table(header, lines)
+    )
 
 
 def capacities_table(record: Record) -> str:
-    """Chat lengths, 100,000 samples, other capacities."""
     rows = select(record["rows"], case="plan", list="chat", samples=100_000)
-    return _by_column(rows, "capacity", sorted(names(rows, "capacity")))
+    title = "100,000 chat samples: time and packs (their lower bound), by capacity.\n\n"
+    return title + _by_column(rows, "capacity", sorted(names(rows, "capacity")), (time_of, packs_of))
 
 
 def clustered_table(record: Record) -> str:
     rows = select(record["rows"], case="plan", list="clustered")
-    return _by_column(rows, "capacity", sorted(names(rows, "capacity")))
+    title = "100,000 clustered samples: time, packs (their lower bound) and utilisation, by capacity.\n\n"
+    return title + _by_column(rows, "capacity", sorted(names(rows, "capacity")), (time_of, packs_of, share))
 
 
 def real_table(record: Record) -> str:
-    rows = select(record["rows"], case="plan")
-    drawn = ("chat", "clustered")
-    return _by_column(rows, "list", [name for name in names(rows, "list") if name not in drawn])
+    rows = select(record["rows"], case="plan", capacity=8192)
+    lists = [name for name in names(rows, "list") if name not in ("chat", "clustered")]
+    title = "Real lengths at capacity 8192: time and packs (their lower bound).\n\n"
+    return title + _by_column(rows, "list", lists, (time_of, packs_of))
 
 
-def _by_column(rows: Sequence[Row], fact: str, values: Sequence[Any]) -> str:
-    """Time and utilisation of every packer, one pair of columns for each value of a fact."""
+def _by_column(rows: Sequence[Row], fact: str, values: Sequence[Any], write: Sequence[Callable[[Row], str]]) -> str:
+    """A line per packer, and the columns of `write` for each value of a fact."""
     header = [""]
     for value in values:
         one = select(rows, **{fact: value})[0]
-        header += [f"{value}, {one['samples']:,} samples", f"packs (bound {one['lower_bound']:,})", "utilisation"]
+        name = f"{value}, {one['samples']:,} samples" if fact == "list" else str(value)
+        second = f"packs ({one['lower_bound']:,})"
+        header += [name, second, "utilisation"][: len(write)]
     lines = []
     for packer in names(rows, "packer"):
-        line = [packer]
-        for value in values:
-            facts = {"packer": packer, fact: value}
-            line += [cell(rows, write, **facts) for write in (time_of, lambda row: f"{row['packs']:,}", share)]
-        if any(line[1:]):
-            lines.append(line)
+        line = [cell(rows, fill, packer=packer, **{fact: value}) for value in values for fill in write]
+        if any(line):
+            lines.append([packer, *line])
     return table(header, lines)
 
 
 def utilization_table(record: Record) -> str:
-    """Share of computed tokens that are real, per cent, at 4096 / 8192."""
     rows = select(record["rows"], case="utilization")
     lists = names(rows, "list")
     counts = {name: select(rows, list=name)[0]["samples"] for name in lists}
     lines = []
     for method in names(rows, "method"):
         pairs = [
-            " / ".join(cell(rows, share, method=method, list=name, capacity=capacity) for capacity in (4096, 8192))
+            " / ".join(cell(rows, percent, method=method, list=name, capacity=capacity) for capacity in (4096, 8192))
             for name in lists
         ]
         lines.append([method, *pairs])
-    return table(["", *(f"{name}, {counts[name]:,}" for name in lists)], lines)
+    title = "Utilisation in per cent, at capacity 4096 / 8192, by list of lengths and number of samples.\n\n"
+    return title + table(["", *(f"{name}, {counts[name]:,}" for name in lists)], lines)
 
 
 def collate_table(record: Record) -> str:
     rows = select(record["rows"], case="collate")
     kinds = names(rows, "kind")
+
+    def compared(row: Row) -> str:
+        return f"{time_of(row)} {times_ours(rows, row, 'kind')}".strip()
+
     lines = []
     for packer in names(rows, "packer"):
-        line = [packer]
-        for kind in kinds:
-            line.append(
-                cell(
-                    rows,
-                    lambda row: f"{time_of(row)} {times_ours(rows, row, 'kind')}".strip(),
-                    packer=packer,
-                    kind=kind,
-                )
-            )
-        lines.append(line)
-    return table(["", *kinds], lines)
+        shares = [row["limit_share"] for row in select(rows, packer=packer) if "limit_share" in row]
+        best = f"{100 * max(shares):.1f} %" if shares else ""
+        lines.append([packer, *(cell(rows, compared, packer=packer, kind=kind) for kind in kinds), best])
+    title = (
+        f"{rows[0]['samples']} chat samples of {rows[0]['tokens']:,} tokens into one row, by the type of the samples,\n"
+        "how many times slower than `nova_kernels`, and bytes moved per second as a share of a copy in main memory.\n\n"
+    )
+    return title + table(["", *kinds, "of the copy rate"], lines)
 
 
 def stream_table(record: Record) -> str:
@@ -137,7 +149,10 @@ def stream_table(record: Record) -> str:
         chat = max(found, key=lambda row: row["samples"])
         rate = f"{chat['samples'] / chat['seconds_median'] / 1e6:.1f} M/s"
         lines.append([str(window), rate, *map(share, found)])
-    return table(["samples waiting", "samples planned", *(f"{name}, {capacity}" for name, capacity in cases)], lines)
+    title = (
+        "A stream with W samples waiting: chat samples planned per second, and utilisation by list and capacity.\n\n"
+    )
+    return title + table(["W", "speed", *(f"{name}, {capacity}" for name, capacity in cases)], lines)
 
 
 BLOCKS: dict[str, Callable[[Record], str]] = {
@@ -169,6 +184,7 @@ def draw_plan(axes: Any, record: Record) -> None:
             [row["seconds_median"] for row in mine],
             marker="o",
             linewidth=2.5 if ours else 1.0,
+            color="black" if ours else None,
             label=packer,
             zorder=3 if ours else 2,
         )
@@ -191,7 +207,6 @@ def draw_utilization(axes: Any, record: Record) -> None:
 
 
 DRAWINGS: dict[str, tuple[Callable[[Any, Record], None], tuple[float, float]]] = {
-    "packing-plan.svg": (draw_plan, (8.0, 4.0)),
-    "packing-utilization.svg": (draw_utilization, (8.0, 5.0)),
+    "docs/kernels/packing-plan.svg": (draw_plan, (8.0, 4.0)),
+    "docs/kernels/packing-utilization.svg": (draw_utilization, (8.0, 5.0)),
 }
-FOLDER = Path("docs") / "kernels"

@@ -23,7 +23,7 @@ Record = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = "benchmarks/results"
 BLOCK = re.compile(r"(<!-- benchmarks: ([\w-]+) -->\n)(.*?)(<!-- /benchmarks -->)", re.DOTALL)
 
 
@@ -54,7 +54,7 @@ def file_name(record: Record) -> str:
     return f"{record['op']}-{slug}-{machine['commit']}.json"
 
 
-def save(record: Record, folder: Path = RESULTS) -> Path:
+def save(record: Record, folder: Path) -> Path:
     """Write the record, one line per row."""
     head = {name: value for name, value in record.items() if name != "rows"}
     rows = ",\n".join(f"  {json.dumps(row)}" for row in record["rows"])
@@ -64,7 +64,7 @@ def save(record: Record, folder: Path = RESULTS) -> Path:
     return path
 
 
-def newest(op: str, folder: Path = RESULTS) -> tuple[str, Record] | None:
+def newest(op: str, folder: Path) -> tuple[str, Record] | None:
     """(file name, record) of the op's last run; None where there is none."""
     found = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob(f"{op}-*.json"))]
     return max(found, key=lambda item: item[1]["date"], default=None)
@@ -94,10 +94,10 @@ def origin(name: str, record: Record) -> str:
     """Where the numbers above are from, in one line."""
     machine = record["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores"
-    return f"{where}; torch {machine['torch']}, Python {machine['python']}: `benchmarks/results/{name}`.\n"
+    return f"{where}; torch {machine['torch']}, Python {machine['python']}: `{RESULTS}/{name}`.\n"
 
 
-def pages(root: Path = ROOT) -> Iterator[Path]:
+def pages(root: Path) -> Iterator[Path]:
     yield root / "README.md"
     yield from sorted((root / "docs").rglob("*.md"))
 

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from nova_kernels.packing import PackedBatch, PackPlan, pack_samples, plan_packs
+from nova_kernels.packing import PackedBatch, PackSampler, pack_samples
 from nova_train.config import fingerprint
 from nova_train.datafiles import DataError
 
@@ -151,6 +151,8 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
                 f"PackedLoader: sample {longest} has {self._lengths[longest]} tokens, capacity is {capacity}; "
                 "raise max_length or set overlong: truncate or drop"
             )
+        if packing:
+            self._sampler = PackSampler(self._lengths, capacity, packs_per_step=packs_per_step, seed=seed, window=1)
         super().__init__(
             per_step=packs_per_step,
             per_micro_batch=packs_per_micro_batch,
@@ -176,9 +178,7 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
         """Sample numbers of each pack."""
         if not self._packing:
             return list(_generator(self._seed, epoch).permutation(len(self._lengths))[:, None])
-        seed = int(_generator(self._seed, epoch).integers(2**31))
-        plan: PackPlan = plan_packs(self._lengths, self._capacity, seed=seed)
-        return [plan.pack(number) for number in range(plan.num_packs)]
+        return [pack for packs in self._sampler.steps(epoch) for pack in packs if pack.size]
 
 
 class ShuffledLoader(_EpochLoader[ItemT, Any]):

@@ -1,7 +1,6 @@
 #include "collate.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 namespace nova::packing {
@@ -57,11 +56,8 @@ std::int64_t lay_out(const std::vector<Tokens>& ids, const std::vector<Tokens>* 
 void concatenate(const std::vector<Bytes>& pieces, std::int64_t total, void* out) {
   auto* at = static_cast<unsigned char*>(out);
   auto* const end = at + total;
-  for (const Bytes& piece : pieces) {
-    std::memcpy(at, piece.data, static_cast<std::size_t>(piece.size));
-    at += piece.size;
-  }
-  std::memset(at, 0, static_cast<std::size_t>(end - at));
+  for (const Bytes& piece : pieces) at = std::copy_n(static_cast<const unsigned char*>(piece.data), piece.size, at);
+  std::fill(at, end, static_cast<unsigned char>(0));
 }
 
 }  // namespace nova::packing

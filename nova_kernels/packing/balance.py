@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from nova_kernels.packing.plan import NONE, PackPlan
+from nova_kernels.packing.plan import PackPlan
 from nova_kernels.packing.reference import splitmix64
 
 Remainder = Literal["split", "empty", "drop", "carry"]
@@ -49,7 +49,8 @@ class RankPlan:
     @property
     def left_out_samples(self) -> np.ndarray:
         """Numbers of the samples in the packs that are left out, int64."""
-        return np.concatenate([NONE, *(self.plan.pack(pack) for pack in self.left_out.tolist())])
+        packs = [self.plan.pack(pack) for pack in self.left_out.tolist()]
+        return np.concatenate(packs) if packs else np.empty(0, dtype=np.int64)
 
     @property
     def overhead(self) -> float:
@@ -100,11 +101,10 @@ def balance_ranks(
         )
     if remainder not in get_args(Remainder):
         raise ValueError(f"balance_ranks: remainder must be one of {list(get_args(Remainder))}, got {remainder!r}")
-    left_out = NONE
     if remainder == "split":
         plan = _split(plan, -plan.num_packs % per_step)
     work = _work(plan, linear, quadratic)
-    packs = np.arange(plan.num_packs)
+    packs, left_out = np.arange(plan.num_packs), np.empty(0, dtype=np.int64)
     if remainder in ("drop", "carry"):
         fullest_first = np.argsort(-_per_pack(plan, plan.lengths.astype(np.int64)), kind="stable")
         kept = plan.num_packs - plan.num_packs % per_step

@@ -1,4 +1,4 @@
-"""The collate_fn for a DataLoader, the Hugging Face Trainer and TRL: samples in, one packed row with models' keys out."""
+"""The collate_fn for a DataLoader, the Hugging Face Trainer and TRL: one packed row with the models' keys."""
 
 from __future__ import annotations
 

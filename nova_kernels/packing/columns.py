@@ -151,7 +151,9 @@ def _as_array(value: Any, name: str, number: int) -> np.ndarray:
     array = np.asarray(value)
     if array.dtype.kind not in "iufcb":
         raise ValueError(f"pack_samples: sample {number}: expected numbers in {name}, got {array.dtype}")
-    return array.astype(np.int64) if array.size == 0 and isinstance(value, list) else np.ascontiguousarray(array)
+    if array.size == 0 and isinstance(value, list):
+        return array.astype(np.int64)
+    return np.ascontiguousarray(array) if array.ndim else array
 
 
 def _checked(columns: Columns, use_native: bool) -> Columns:

@@ -16,8 +16,6 @@ from nova_kernels.varlen import MAX_TOKENS
 Strategy = Literal["auto", "best_fit", "search", "sequential"]
 Overlong = Literal["error", "truncate", "drop"]
 
-NONE = np.empty(0, dtype=np.int64)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
@@ -102,7 +100,8 @@ def plan_packs(
     given = _as_lengths(lengths)
     reasons = {"native": native.why_not(capacity), "reference": None}
     planner = {"native": native, "reference": reference}[choose("plan_packs", backend, reasons)]
-    too_long = np.flatnonzero(given > capacity) if given.size and given.max() > capacity else NONE
+    none = np.empty(0, dtype=np.int64)
+    too_long = np.flatnonzero(given > capacity) if given.size and given.max() > capacity else none
     if too_long.size and overlong == "error":
         raise ValueError(
             f"plan_packs: sample {too_long[0]} has {given[too_long[0]]} tokens, capacity is {capacity}; "
@@ -110,7 +109,7 @@ def plan_packs(
         )
     final = np.minimum(given, capacity) if too_long.size else given
     final = final.astype(np.int32)
-    dropped, truncated = (too_long, NONE) if overlong == "drop" else (NONE, too_long)
+    dropped, truncated = (too_long, none) if overlong == "drop" else (none, too_long)
     final[dropped] = 0
     kept = np.flatnonzero(final) if dropped.size else None
     order, offsets, bound = planner.plan(final if kept is None else final[kept], capacity, strategy, seed)

@@ -165,7 +165,7 @@ class PackStream(IterableDataset):
         self._packer = StreamingPacker(capacity, window)
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._resumed = False
+        self._resumed = self._exhausted = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -184,8 +184,10 @@ class PackStream(IterableDataset):
         if not self._resumed:
             self._packer, self._waiting = StreamingPacker(self._packer.capacity, self._packer.window), {}
             self._counts = dict.fromkeys(COUNTS, 0)
+            self._exhausted = False
         self._resumed = False
-        for sample in islice(self._source, 0 if keeps_state else self._counts["read"], None):
+        rest = islice(self._source, 0 if keeps_state else self._counts["read"], None)
+        for sample in () if self._exhausted else rest:
             self._counts["read"] += 1
             length = len(sample["input_ids"])
             if length > self._packer.capacity:
@@ -195,6 +197,7 @@ class PackStream(IterableDataset):
             self._waiting[self._packer.pushed] = sample
             for pack in self._packer.push(length):
                 yield self._batch(pack)
+        self._exhausted = True
         while len(self._packer):
             yield self._batch(self._packer.close())
 
@@ -203,7 +206,8 @@ class PackStream(IterableDataset):
         source = self._source.state_dict() if hasattr(self._source, "state_dict") else None
         packer = self._packer.state_dict()
         waiting = [self._waiting[number] for number in packer["waiting"]]
-        return {"packer": packer, "waiting": waiting, "counts": self.counts, "source": source}
+        counts, exhausted = self.counts, self._exhausted
+        return {"packer": packer, "waiting": waiting, "counts": counts, "source": source, "exhausted": exhausted}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, at the next iteration.
@@ -214,6 +218,7 @@ class PackStream(IterableDataset):
         self._packer.load_state_dict(state["packer"])
         self._waiting = dict(zip(state["packer"]["waiting"], state["waiting"], strict=True))
         self._counts = dict(state["counts"])
+        self._exhausted = state["exhausted"]
         if hasattr(self._source, "load_state_dict"):
             self._source.load_state_dict(state["source"])
         self._resumed = True
