@@ -8,7 +8,16 @@ from nova_kernels.backend import BackendUnavailableError
 from nova_kernels.checkpoint import checkpoint_segments, uniform_segments
 from nova_kernels.logprob import LogprobTerms, linear_cross_entropy, linear_logprobs
 from nova_kernels.merging import MergeReport, linear, merge_state, model_stock, task_arithmetic
-from nova_kernels.packing import PackedBatch, PackPlan, pack_samples, plan_packs
+from nova_kernels.packing import (
+    PackCollator,
+    PackedBatch,
+    PackPlan,
+    PackSampler,
+    StreamingPacker,
+    balance_ranks,
+    pack_samples,
+    plan_packs,
+)
 from nova_kernels.topk_kl import (
     TopK,
     linear_topk_kl_div,
@@ -23,9 +32,13 @@ __all__ = [
     "BackendUnavailableError",
     "LogprobTerms",
     "MergeReport",
+    "PackCollator",
     "PackPlan",
+    "PackSampler",
     "PackedBatch",
+    "StreamingPacker",
     "TopK",
+    "balance_ranks",
     "checkpoint_segments",
     "linear",
     "linear_cross_entropy",

@@ -86,6 +86,7 @@ def search(lengths: Sequence[int], capacity: int, window: int) -> list[Placement
 
 
 def count_packs(placements: Sequence[Placement]) -> int:
+    """How many packs there are; they are numbered as they are opened."""
     return 1 + max((pack for pack, _ in placements), default=-1)
 
 
