@@ -1,8 +1,8 @@
 """Optimiser steps from samples: packed rows, or shuffled items. A source's position is one counter.
 
 What a step holds is a pure function of (data, options, seed, epoch): the same when resumed, and whatever the number of
-micro-batches it is cut into. `len()` is the exact number of optimiser steps. No sample is left out or repeated within an
-epoch: the last step of items may be smaller; for the last step of packs the fullest packs are halved.
+micro-batches it is cut into. `len()` is the exact number of optimiser steps. No sample is left out or repeated within
+an epoch: the last step of items may be smaller; for the last step of packs the fullest packs are halved.
 """
 
 from __future__ import annotations
