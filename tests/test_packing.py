@@ -119,6 +119,21 @@ def test_clustered_lengths_need_the_search() -> None:
     assert auto.num_packs == min(best_fit.num_packs, search.num_packs)
 
 
+def test_a_few_packs_in_a_thousand_are_worth_a_search() -> None:
+    lengths = np.random.default_rng(1).normal(2730, 1024, 3000).clip(100, 16384).astype(np.int64)
+    best_fit, search, auto = (plan_packs(lengths, 16384, strategy=s) for s in ("best_fit", "search", "auto"))
+    assert 0.99 < best_fit.lower_bound / best_fit.num_packs < 0.999
+    assert auto.num_packs == search.num_packs < best_fit.num_packs
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ extension")
+def test_a_search_that_runs_out_of_tries_is_the_same_in_both() -> None:
+    """Even lengths never fill an odd pack: every way of filling it counts as one more try."""
+    lengths = 2 * np.random.default_rng(1).normal(2048, 256, 120).astype(np.int64)
+    native, reference = (plan_packs(lengths, 16383, strategy="search", backend=b) for b in ("native", "reference"))
+    assert np.array_equal(native.order, reference.order)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_sequential_keeps_the_order(name: str) -> None:
     plan = plan_packs([4, 4, 4, 9, 1], 9, strategy="sequential", backend=name)

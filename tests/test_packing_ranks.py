@@ -79,6 +79,19 @@ def test_the_fullest_packs_are_halved_and_the_emptiest_left_out() -> None:
     assert balance_ranks(plan_packs([9, 10, 3], 10), 2, remainder="drop").left_out_samples.tolist() == [2]
 
 
+def test_a_pack_is_halved_between_two_of_its_samples() -> None:
+    plan = plan_packs([1, 9], 10, strategy="sequential")
+    split = balance_ranks(plan, 2).plan
+    assert [split.pack(b).tolist() for b in range(split.num_packs)] == [[0], [1]]
+
+
+def test_what_is_carried_over_comes_with_the_next_epoch() -> None:
+    sampler = PackSampler([3] * 5, 3, packs_per_step=2, remainder="carry")
+    first, second = list(sampler), list(sampler)
+    assert (len(first), len(second)) == (4, 6)
+    assert sorted(number for batch in first + second for number in batch) == sorted([*range(5), *range(5)])
+
+
 def test_no_packs_are_no_steps() -> None:
     for remainder in REMAINDERS:
         shared = balance_ranks(plan_packs([], 4), 3, remainder=remainder)  # type: ignore[arg-type]
