@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -78,6 +79,7 @@ py::tuple plan(const Int32s& lengths, std::int64_t capacity, const std::string& 
 
 // ---- streaming
 
+// Every method works without the GIL, under a lock of its own: threads that share a stream cannot corrupt its memory.
 class PyStream {
  public:
   PyStream(std::int64_t capacity, std::int64_t window) : capacity_(capacity), stream_(checked(capacity, window)) {}
@@ -89,28 +91,34 @@ class PyStream {
     const std::int64_t n = lengths.size();
     for (std::int64_t i = 0; i < n; ++i)
       require(values[i] >= 1 && values[i] <= capacity_, "lengths must be 1 ... capacity");
-    std::vector<std::vector<Sample>> packs;
-    {
-      const py::gil_scoped_release nogil;
+    const auto packs = locked([&] {
+      std::vector<std::vector<Sample>> closed;
       for (std::int64_t i = 0; i < n; ++i) {
         stream_.push({first_id + i, values[i]});
-        if (stream_.full()) packs.push_back(stream_.close());
+        if (stream_.full()) closed.push_back(stream_.close());
       }
-    }
-    return as_list(packs);
+      return closed;
+    });
+    py::list arrays(packs.size());
+    for (std::size_t pack = 0; pack < packs.size(); ++pack) arrays[pack] = numbers_of(packs[pack]);
+    return arrays;
   }
 
   // Numbers of the samples of the next pack, however few wait.
   Int64s close() {
-    require(!stream_.empty(), "no samples wait");
-    return numbers_of(stream_.close());
+    return numbers_of(locked([&] {
+      require(!stream_.empty(), "no samples wait");
+      return stream_.close();
+    }));
   }
 
-  std::int64_t size() const { return stream_.size(); }
+  std::int64_t size() {
+    return locked([&] { return stream_.size(); });
+  }
 
-  std::pair<Int64s, Int64s> waiting() const {
+  std::pair<Int64s, Int64s> waiting() {
     std::vector<std::int64_t> ids, lengths;
-    for (const Sample& sample : stream_.waiting()) {
+    for (const Sample& sample : locked([&] { return stream_.waiting(); })) {
       ids.push_back(sample.id);
       lengths.push_back(sample.length);
     }
@@ -124,10 +132,11 @@ class PyStream {
     return Stream(capacity, window);
   }
 
-  static py::list as_list(const std::vector<std::vector<Sample>>& packs) {
-    py::list arrays(packs.size());
-    for (std::size_t pack = 0; pack < packs.size(); ++pack) arrays[pack] = numbers_of(packs[pack]);
-    return arrays;
+  template <class Work>
+  auto locked(Work work) {
+    const py::gil_scoped_release nogil;
+    const std::lock_guard<std::mutex> guard(mutex_);
+    return work();
   }
 
   static Int64s numbers_of(const std::vector<Sample>& pack) {
@@ -138,6 +147,7 @@ class PyStream {
 
   std::int64_t capacity_;
   Stream stream_;
+  std::mutex mutex_;
 };
 
 // ---- collation

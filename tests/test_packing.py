@@ -109,7 +109,7 @@ def test_the_bound_sees_what_the_token_count_cannot(
 
 def test_chat_lengths_are_packed_to_the_bound() -> None:
     plan = plan_packs(chat_lengths(20_000 if NATIVE else 2_000), 8192)
-    assert plan.gap <= 1 and plan.utilization > 0.995
+    assert plan.gap <= 1 and plan.utilization > 0.98
 
 
 def test_clustered_lengths_need_the_search() -> None:

@@ -59,7 +59,7 @@ def test_work_is_balanced() -> None:
     plan = plan_packs(chat_lengths(100_000 if NATIVE else 4_000), 8192, seed=0)
     grouped, random = (balance_ranks(plan, 8, window=window, seed=0) for window in (16, 1))
     quadratic = balance_ranks(plan, 8, linear=0, seed=0)
-    assert grouped.overhead < 1.01 < random.overhead and grouped.overhead < quadratic.overhead
+    assert grouped.overhead < 1.02 < random.overhead and grouped.overhead < quadratic.overhead
     work = sum(24576 * int(n) + int(n) ** 2 for n in plan.lengths[plan.pack(0)])
     assert balance_ranks(plan, 1).work[0] == work
 

@@ -2,7 +2,6 @@
 // insert, erase, at_least and at_most take one step per level: three levels reach 262,144, four 16.8 million.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -22,8 +21,6 @@ class IntegerSet {
       levels_.emplace_back(static_cast<std::size_t>(words), 0);
     } while (words > 1);
   }
-
-  bool contains(std::int64_t value) const { return levels_[0][value >> 6] >> (value & 63) & 1; }
 
   void insert(std::int64_t value) {
     for (auto& level : levels_) {
