@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import packing_lengths, packing_peers
 from benchmarks.packing_peers import Collator, Packer
-from nova_kernels.packing import PackCollator, PackedBatch, PackPlan, StreamingPacker, pack_samples, plan_packs
+from nova_kernels.packing import PackCollator, PackedBatch, PackPlan, Ragged, StreamingPacker, pack_samples, plan_packs
 
 CASES = [
     *(("chat", count, 8192) for count in (10_000, 100_000, 1_000_000)),
@@ -215,18 +215,32 @@ def as_kind(values: np.ndarray, kind: str) -> Any:
     return values.astype(kind.split()[1])
 
 
-def into_buffers() -> Callable[[Any], PackedBatch]:
+def into_buffers(samples: list[dict[str, Any]]) -> Callable[[], PackedBatch]:
     """The same three tensors for every batch, as a ring of pinned buffers would be used."""
     out = {name: torch.empty(1, 2**15, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
-    return lambda samples: pack_samples(samples, out=out)
+    return lambda: pack_samples(samples, out=out)
+
+
+def from_flat(samples: list[dict[str, Any]]) -> Callable[[], PackedBatch]:
+    """Each field in one array with offsets, as Arrow and memory maps hold it; the samples are chosen by number."""
+    offsets = np.cumsum([0] + [len(sample["input_ids"]) for sample in samples])
+    fields = {name: Ragged(np.concatenate([sample[name] for sample in samples]), offsets) for name in samples[0]}
+    index = np.arange(len(samples))
+    return lambda: pack_samples(fields, index=index)
+
+
+def collated(samples: list[dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    collate = PackCollator()
+    return lambda: collate(samples)
 
 
 COLLATORS = (
-    Collator("nova_kernels", "nova-kernels", lambda: pack_samples),
+    Collator("nova_kernels", "nova-kernels", lambda samples: lambda: pack_samples(samples)),
     Collator("nova_kernels, caller's buffers", "nova-kernels", into_buffers),
-    Collator("nova_kernels PackCollator", "nova-kernels", PackCollator),
+    Collator("nova_kernels, from one flat array", "nova-kernels", from_flat, kinds=("numpy int32", "numpy int64")),
+    Collator("nova_kernels PackCollator", "nova-kernels", collated),
     Collator(
-        "nova_kernels, Python", "nova-kernels", lambda: lambda samples: pack_samples(samples, backend="reference")
+        "nova_kernels, Python", "nova-kernels", lambda samples: lambda: pack_samples(samples, backend="reference")
     ),
     *packing_peers.COLLATORS,
 )
@@ -242,7 +256,7 @@ def collate_cases() -> Iterator[Any]:
 def bench_collate(measure: Any, collator: Collator, kind: str) -> None:
     samples = batch_of(kind)
     expected = pack_samples(samples, backend="reference")
-    call = prepared(collator)
+    call = prepared(collator, samples)
 
     def check(found: Any) -> None:
         fields = vars_of(found) if isinstance(found, PackedBatch) else dict(found)
@@ -254,7 +268,7 @@ def bench_collate(measure: Any, collator: Collator, kind: str) -> None:
 
     read = {"numpy int32": 4, "numpy int64": 8, "torch int64": 8}.get(kind)
     measure(
-        lambda: call(samples),
+        call,
         check=check,
         bytes_moved=expected.num_tokens * (2 * read + 24) if read else None,
         case="collate",

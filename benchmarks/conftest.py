@@ -29,6 +29,7 @@ MEASURED = ("csrc", "nova_kernels", "benchmarks", ":!benchmarks/results")  # wha
 MAX_ROUNDS = 1000
 COPIED = 2**28  # bytes
 
+COMMIT = pytest.StashKey[str]()
 Measure = Callable[..., Any]
 
 
@@ -39,15 +40,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+    config.stash[COMMIT] = commit()  # before the run: the code may change meanwhile
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What a reader needs to judge the numbers; no host name."""
-    cpu = dict(machine_info.get("cpu", {}))
+    cpu = machine_info.pop("cpu", {})
     machine_info.clear()
     machine_info.update(
-        commit=commit(),
+        commit=config.stash[COMMIT],
         device=config.getoption("--device"),
         cpu=cpu.get("brand_raw", platform.processor()),
         cores=cpu.get("count"),

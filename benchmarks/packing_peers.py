@@ -1,10 +1,10 @@
 """What people pack and collate with today, each behind one small function. Every peer is an optional import.
 
 A packer gets (lengths int64 [n], capacity) and returns (call, sizes): call() does the work from the input that the peer
-takes natively, which is made beforehand, and sizes(result) are the tokens of each pack. A collator gets nothing and
-returns a function of a list of samples. Left out, because the packing module does not import without the package's
-other dependencies: OLMo-core (the algorithm of TRL), llm-foundry; without an installable release: seqpacker, NeMo,
-multipack_sampler. ms-swift calls `binpacking` on 1000 rows at a time, which is repeated here.
+takes natively, which is made beforehand, and sizes(result) are the tokens of each pack. A collator gets a list of
+samples and returns the call that lays them out. Left out, because the packing module does not import without the
+package's other dependencies: OLMo-core (the algorithm of TRL), llm-foundry; without an installable release: seqpacker,
+NeMo, multipack_sampler. ms-swift calls `binpacking` on 1000 rows at a time, which is repeated here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Packer:
 class Collator:
     name: str
     package: str
-    prepare: Callable[[], Callable[[Sequence[Sample]], Any]]
+    prepare: Callable[[Sequence[Sample]], Callable[[], Any]]
     kinds: tuple[str, ...] = ("numpy int32", "numpy int64", "torch int64", "lists")
 
 
@@ -188,23 +188,24 @@ PACKERS = (
 )
 
 
-def transformers_flattening(**options: bool) -> Callable[[Sequence[Sample]], Any]:
+def transformers_flattening(samples: Sequence[Sample], **options: bool) -> Callable[[], Any]:
     from transformers import DataCollatorWithFlattening
 
-    return DataCollatorWithFlattening(**options)
+    collate = DataCollatorWithFlattening(**options)
+    return lambda: collate(samples)
 
 
-def trl_padding_free() -> Callable[[Sequence[Sample]], Any]:
+def trl_padding_free(samples: Sequence[Sample]) -> Callable[[], Any]:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    return lambda samples: collate.torch_call(list(samples))
+    return lambda: collate.torch_call(samples)
 
 
-def torch_cat() -> Callable[[Sequence[Sample]], Any]:
+def torch_cat(samples: Sequence[Sample]) -> Callable[[], Any]:
     """What one would write by hand for tensors."""
 
-    def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    def collate() -> dict[str, Any]:
         lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
         ends = lengths.cumsum(0)
         starts = ends - lengths
@@ -229,7 +230,7 @@ COLLATORS = (
     Collator(
         "transformers, with cu_seq_lens and seq_idx",
         "transformers",
-        lambda: transformers_flattening(return_flash_attn_kwargs=True, return_seq_idx=True),
+        lambda samples: transformers_flattening(samples, return_flash_attn_kwargs=True, return_seq_idx=True),
     ),
     # torch.tensor(tensor) warns and copies: TRL hands its collator lists
     Collator("TRL, padding-free", "trl", trl_padding_free, kinds=("lists",)),

@@ -109,6 +109,8 @@ def test_labels_and_further_fields_travel_along(name: str) -> None:
 def test_further_fields_keep_their_type(dtype: torch.dtype, name: str) -> None:
     values = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).to(dtype)
     samples = [{"input_ids": [1, 2], "top": values[:2]}, {"input_ids": [3], "top": values[2:]}]
+    fields = {field: [sample[field] for sample in samples] for field in samples[0]}
+    assert torch.equal(pack_samples(fields, backend=name).extra["top"].float()[0], values.float())
     row = pack_samples(samples, pad_to=4, backend=name).extra["top"]
     assert row.dtype == dtype and row.shape == (1, 4, 2)
     assert torch.equal(row.float()[0], torch.cat([values.float(), torch.zeros(1, 2)]))

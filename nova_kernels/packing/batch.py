@@ -152,7 +152,8 @@ def _row_length(used: int, pad_to: int | None, pad_to_multiple_of: int | None) -
 
 def _type_of(samples: Any, name: str, array: np.ndarray) -> torch.dtype:
     """The torch type of a field whose first sample is `array`: NumPy may hold only its bits."""
-    first = None if isinstance(samples, Mapping) else samples[0][name]
+    field = samples[name] if isinstance(samples, Mapping) else None
+    first = samples[0][name] if field is None else field[0] if isinstance(field, list | tuple) else None
     if isinstance(first, Tensor) and first.dtype in BITS:
         return first.dtype
     return torch.from_numpy(array[:0]).dtype

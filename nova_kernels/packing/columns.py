@@ -18,13 +18,8 @@ from nova_kernels.packing import native
 Columns = dict[str, list[np.ndarray]]  # input_ids first, labels second if there are any
 
 COMPUTED = ("position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
-
-
-BITS = {
-    torch.bfloat16: torch.int16,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e5m2: torch.uint8,
-}  # NumPy lacks them
+# Types that NumPy lacks, and those of the same size that carry their bits.
+BITS = {torch.bfloat16: torch.int16, torch.float8_e4m3fn: torch.uint8, torch.float8_e5m2: torch.uint8}
 
 
 class Ragged:
