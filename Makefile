@@ -28,6 +28,9 @@ NATIVE := csrc/bindings.cpp $(wildcard csrc/packing/*)
 
 env: .venv/installed
 
+# With a compiler at hand, C++ that does not compile is an error and not a slower installation.
+export NOVA_KERNELS_NATIVE ?= $(if $(shell command -v $(CXX)),1,auto)
+
 # The environment is made only where there is none; a changed pin or C++ source is installed into the existing one.
 .venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
 	@test -x $(BIN)/pip || test -n "$(PYTHON)" || \

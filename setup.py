@@ -1,9 +1,13 @@
 """The build reads pyproject.toml; the compiled parts are declared here.
 
-nova_kernels._native is the C++ of csrc/, without torch. Where no compiler works, the package installs without it and
-the plain Python implementations run; `python -m nova_kernels.doctor` says so.
+nova_kernels._native is the C++ of csrc/, without torch.
+
+    NOVA_KERNELS_NATIVE=auto    (default) compile it; where that fails, install without it: the plain Python
+                                implementations run, and `python -m nova_kernels.doctor` says so
+    NOVA_KERNELS_NATIVE=0 | 1   leave it out | fail where it cannot be compiled
 """
 
+import os
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -17,5 +21,8 @@ native = Pybind11Extension(
     extra_compile_args=["-O3"],
     cxx_std=17,
 )
-native.optional = True
-setup(ext_modules=[native])
+wanted = os.environ.get("NOVA_KERNELS_NATIVE", "auto")
+if wanted not in ("auto", "0", "1"):
+    raise SystemExit(f"setup.py: NOVA_KERNELS_NATIVE must be auto, 0 or 1, got {wanted!r}")
+native.optional = wanted == "auto"
+setup(ext_modules=[] if wanted == "0" else [native])

@@ -133,7 +133,7 @@ class PyStream {
   }
 
   template <class Work>
-  auto locked(Work work) {
+  auto locked(Work work) -> decltype(work()) {
     const py::gil_scoped_release nogil;
     const std::lock_guard<std::mutex> guard(mutex_);
     return work();
