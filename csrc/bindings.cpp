@@ -180,14 +180,20 @@ std::optional<py::array> read_list(PyObject* list) {
   return values;
 }
 
+// What is needed of libraries that are not known here: torch.Tensor, torch.Tensor.numpy, numpy.asarray.
+struct Readers {
+  py::object tensor, to_numpy, asarray;
+};
+
 // An array, a list of integers, a tensor, or what np.asarray reads through __array__.
-std::optional<py::array> read_array(PyObject* value, const py::object& asarray) {
+std::optional<py::array> read_array(PyObject* value, const Readers& readers) {
   if (PyList_CheckExact(value)) return read_list(value);
   auto array = py::reinterpret_borrow<py::object>(value);
   if (!py::isinstance<py::array>(array)) {
-    if (!py::hasattr(array, "__array__")) return std::nullopt;
+    const bool is_tensor = reinterpret_cast<PyObject*>(Py_TYPE(value)) == readers.tensor.ptr();
+    if (!is_tensor && !py::hasattr(array, "__array__")) return std::nullopt;
     try {
-      array = py::hasattr(array, "numpy") ? array.attr("numpy")() : asarray(array);
+      array = is_tensor ? readers.to_numpy(array) : readers.asarray(array);
     } catch (const py::error_already_set&) {
       return std::nullopt;  // a tensor on another device, or of a type that NumPy lacks
     }
@@ -197,7 +203,9 @@ std::optional<py::array> read_array(PyObject* value, const py::object& asarray) 
 
 // The fields of dictionaries, one list of arrays per name; nothing where a sample has other fields or values.
 std::optional<std::vector<py::list>> read_rows(const py::list& samples, const py::list& names,
+                                               const py::object& tensor, const py::object& to_numpy,
                                                const py::object& asarray) {
+  const Readers readers{tensor, to_numpy, asarray};
   std::vector<py::list> columns;
   for (std::size_t field = 0; field < names.size(); ++field) columns.emplace_back(samples.size());
   for (std::size_t sample = 0; sample < samples.size(); ++sample) {
@@ -210,7 +218,7 @@ std::optional<std::vector<py::list>> read_rows(const py::list& samples, const py
         if (PyErr_Occurred()) throw py::error_already_set();
         return std::nullopt;
       }
-      std::optional<py::array> array = read_array(value, asarray);
+      std::optional<py::array> array = read_array(value, readers);
       if (!array) return std::nullopt;
       columns[field][sample] = std::move(*array);
     }
@@ -307,7 +315,8 @@ PYBIND11_MODULE(_native, module) {
       .def("close", &PyStream::close)
       .def("__len__", &PyStream::size)
       .def("waiting", &PyStream::waiting, "Numbers and lengths of the samples that wait, oldest first.");
-  module.def("read_rows", &read_rows, py::arg("samples"), py::arg("names"), py::arg("asarray"),
+  module.def("read_rows", &read_rows, py::arg("samples"), py::arg("names"), py::arg("tensor"),
+             py::arg("to_numpy"), py::arg("asarray"),
              "The samples' fields, one list of arrays per name; None where they are not plain and alike.");
   module.def("are_regular", &are_regular, py::arg("columns"), py::arg("token_columns"),
              "Whether lay_out and concatenate can take these columns.");

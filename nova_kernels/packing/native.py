@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from nova_kernels.backend import native_extension, why_not_native
 
@@ -32,7 +33,7 @@ def Stream(capacity: int, window: int) -> Any:
 
 def read_rows(samples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[np.ndarray]] | None:
     """The samples' fields, one list of arrays per name; None where they are not plain and alike."""
-    return native_extension().read_rows(list(samples), list(names), np.asarray)
+    return native_extension().read_rows(list(samples), list(names), Tensor, Tensor.numpy, np.asarray)
 
 
 def are_regular(columns: Sequence[Sequence[np.ndarray]], token_columns: int) -> bool:
