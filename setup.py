@@ -7,17 +7,22 @@ nova_kernels._native is the C++ of csrc/, without torch.
     NOVA_KERNELS_NATIVE=0 | 1   leave it out | fail where it cannot be compiled
 """
 
+import hashlib
 import os
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
+sources, headers = ["csrc/bindings.cpp", *sorted(glob("csrc/packing/*.cpp"))], sorted(glob("csrc/packing/*.h"))
+source = hashlib.sha256(b"".join(Path(path).read_bytes() for path in [*sources, *headers])).hexdigest()
 native = Pybind11Extension(
     "nova_kernels._native",
-    ["csrc/bindings.cpp", *sorted(glob("csrc/packing/*.cpp"))],
-    depends=sorted(glob("csrc/packing/*.h")),
+    sources,
+    depends=headers,
     include_dirs=["csrc"],
+    define_macros=[("NOVA_SOURCE", f'"{source}"')],
     extra_compile_args=["-O3"],
     cxx_std=17,
 )

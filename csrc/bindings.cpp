@@ -16,6 +16,10 @@
 #include "packing/plan.h"
 #include "packing/stream.h"
 
+#ifndef NOVA_SOURCE
+#define NOVA_SOURCE "unknown"
+#endif
+
 namespace py = pybind11;
 using namespace nova::packing;
 
@@ -45,7 +49,7 @@ Int64s allocate(std::int64_t size) {
 // ---- planning
 
 void require_capacity(std::int64_t capacity) {
-  require(capacity >= 1 && capacity <= std::int64_t{1} << 26, "capacity must be 1 ... 2^26");
+  require(capacity >= 1 && capacity <= std::int64_t{1} << 24, "capacity must be 1 ... 2^24");
 }
 
 py::tuple plan(const Int32s& lengths, std::int64_t capacity, const std::string& strategy,
@@ -79,22 +83,22 @@ py::tuple plan(const Int32s& lengths, std::int64_t capacity, const std::string& 
 
 // ---- streaming
 
-// Every method works without the GIL, under a lock of its own: threads that share a stream cannot corrupt its memory.
+// Every method works without the GIL and under a lock of its own: threads may share a stream.
 class PyStream {
  public:
-  PyStream(std::int64_t capacity, std::int64_t window) : capacity_(capacity), stream_(checked(capacity, window)) {}
+  PyStream(std::int64_t capacity, std::int64_t window)
+      : capacity_(capacity), window_(window), stream_(checked(capacity, window)) {}
 
-  // Numbers of the samples of every pack that closes, one array for each.
-  py::list push(std::int64_t first_id, const Int64s& lengths) {
+  // Numbers of the samples of every pack that closes, one array for each; the samples are numbered as they come.
+  py::list push(const Int64s& lengths) {
     require(lengths.ndim() == 1, "lengths must be [N]");
-    const std::int64_t* values = lengths.data();
-    const std::int64_t n = lengths.size();
-    for (std::int64_t i = 0; i < n; ++i)
-      require(values[i] >= 1 && values[i] <= capacity_, "lengths must be 1 ... capacity");
+    const std::vector<std::int64_t> values(lengths.data(), lengths.data() + lengths.size());
+    for (const std::int64_t length : values)
+      require(length >= 1 && length <= capacity_, "lengths must be 1 ... capacity");
     const auto packs = locked([&] {
       std::vector<std::vector<Sample>> closed;
-      for (std::int64_t i = 0; i < n; ++i) {
-        stream_.push({first_id + i, values[i]});
+      for (const std::int64_t length : values) {
+        stream_.push({pushed_++, length});
         if (stream_.full()) closed.push_back(stream_.close());
       }
       return closed;
@@ -114,6 +118,25 @@ class PyStream {
 
   std::int64_t size() {
     return locked([&] { return stream_.size(); });
+  }
+
+  std::int64_t pushed() {
+    return locked([&] { return pushed_; });
+  }
+
+  // The samples that wait, oldest first, and how many have come, of another stream.
+  void restore(const Int64s& numbers, const Int64s& lengths, std::int64_t pushed) {
+    require(numbers.ndim() == 1 && lengths.ndim() == 1 && numbers.size() == lengths.size(), "expected two [N] arrays");
+    require(lengths.size() < window_, "fewer than `window` samples can wait");
+    for (py::ssize_t i = 0; i < lengths.size(); ++i)
+      require(lengths.data()[i] >= 1 && lengths.data()[i] <= capacity_, "lengths must be 1 ... capacity");
+    Stream fresh(capacity_, window_);
+    for (py::ssize_t i = 0; i < lengths.size(); ++i) fresh.push({numbers.data()[i], lengths.data()[i]});
+    locked([&] {
+      stream_ = std::move(fresh);
+      pushed_ = pushed;
+      return 0;
+    });
   }
 
   std::pair<Int64s, Int64s> waiting() {
@@ -145,7 +168,7 @@ class PyStream {
     return numbers;
   }
 
-  std::int64_t capacity_;
+  std::int64_t capacity_, window_, pushed_ = 0;
   Stream stream_;
   std::mutex mutex_;
 };
@@ -153,6 +176,7 @@ class PyStream {
 // ---- collation
 
 std::optional<TokenType> token_type(const py::dtype& dtype) {
+  if (dtype.byteorder() == '>' || dtype.byteorder() == '<') return std::nullopt;  // not this machine's order
   const bool is_signed = dtype.kind() == 'i';
   if (!is_signed && dtype.kind() != 'u') return std::nullopt;
   switch (dtype.itemsize()) {
@@ -163,7 +187,10 @@ std::optional<TokenType> token_type(const py::dtype& dtype) {
   }
 }
 
-bool is_contiguous(const py::array& array) { return (array.flags() & py::array::c_style) != 0; }
+bool is_contiguous(const py::array& array) {
+  constexpr int wanted = py::array::c_style | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+  return (array.flags() & wanted) == wanted;
+}
 
 // A list of Python integers as an array; nothing if there is anything else in it.
 std::optional<py::array> read_list(PyObject* list) {
@@ -307,11 +334,15 @@ void concatenate_arrays(const py::list& arrays, py::array out) {
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "C++ parts of nova_kernels; called through the front doors of its packages.";
+  module.attr("source") = NOVA_SOURCE;  // a hash of csrc/, see setup.py
   module.def("plan", &plan, py::arg("lengths").noconvert(), py::arg("capacity"), py::arg("strategy"), py::arg("seed"),
              "Lengths -> (order, offsets, lower bound).");
   py::class_<PyStream>(module, "Stream")
       .def(py::init<std::int64_t, std::int64_t>(), py::arg("capacity"), py::arg("window"))
-      .def("push", &PyStream::push, py::arg("first_id"), py::arg("lengths").noconvert())
+      .def("push", &PyStream::push, py::arg("lengths").noconvert())
+      .def("pushed", &PyStream::pushed)
+      .def("restore", &PyStream::restore, py::arg("numbers").noconvert(), py::arg("lengths").noconvert(),
+           py::arg("pushed"))
       .def("close", &PyStream::close)
       .def("__len__", &PyStream::size)
       .def("waiting", &PyStream::waiting, "Numbers and lengths of the samples that wait, oldest first.");

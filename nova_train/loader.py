@@ -151,14 +151,16 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
                 f"PackedLoader: sample {longest} has {self._lengths[longest]} tokens, capacity is {capacity}; "
                 "raise max_length or set overlong: truncate or drop"
             )
+        plan = "one sample a pack"
         if packing:
             self._sampler = PackSampler(self._lengths, capacity, packs_per_step=packs_per_step, seed=seed, window=1)
+            plan = self._sampler.state_dict()["identity"]
         super().__init__(
             per_step=packs_per_step,
             per_micro_batch=packs_per_micro_batch,
             epochs=epochs,
             max_steps=max_steps,
-            identity=_fingerprint(samples, (capacity, packs_per_step, seed, packing)),
+            identity=_fingerprint(samples, (capacity, packs_per_step, seed, plan)),
         )
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -53,10 +55,17 @@ def problems(draw: st.DrawFn, max_size: int = 40) -> tuple[list[int], int]:
 
 
 def test_a_compiler_means_the_extension_is_there() -> None:
-    """Without this the C++ could stop compiling, and every other test would still pass."""
+    """Without this the C++ could stop compiling, and every other test would pass without it or with an older one."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    assert backend.why_not_native() is None
+    folder = Path(__file__).parent.parent / "csrc"
+    files = [
+        folder / "bindings.cpp",
+        *sorted((folder / "packing").glob("*.cpp")),
+        *sorted((folder / "packing").glob("*.h")),
+    ]
+    source = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    assert backend.native_extension().source == source, "built from other sources: install again"
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -232,12 +241,21 @@ def test_a_long_context_falls_to_the_plain_planner() -> None:
         pytest.param({"capacity": 2**31}, r"capacity must be 1 ... 2147483647 tokens", id="int32"),
         pytest.param({"strategy": "magic"}, r"strategy must be .*, got 'magic'", id="strategy"),
         pytest.param({"overlong": "keep"}, r"overlong must be .*, got 'keep'", id="overlong"),
+        pytest.param({"lengths": [3, 2**31], "overlong": "drop"}, r"sample 1 has 2147483648 tokens, more", id="huge"),
         pytest.param({"backend": "rust"}, r"unknown backend 'rust'; expected one of", id="backend"),
     ],
 )
 def test_wrong_plans_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_packs(**({"lengths": [3, 2], "capacity": 4} | arguments))
+
+
+def test_integers_of_any_kind_are_taken_and_nothing_else() -> None:
+    plan = plan_packs([3, 3, 2, 1], np.int32(4), seed=np.int64(-7))  # type: ignore[arg-type]
+    assert np.array_equal(plan.order, plan_packs([3, 3, 2, 1], 4, seed=-7).order)
+    for wrong in ({"capacity": 5.5}, {"capacity": 5, "seed": 0.5}):
+        with pytest.raises(TypeError):
+            plan_packs([3, 2], **wrong)  # type: ignore[arg-type]
 
 
 def test_packs_are_counted_from_zero() -> None:
@@ -261,7 +279,7 @@ def test_the_extension_guards_its_memory() -> None:
     for arguments, message in [
         ((lengths, 4, "auto", None), "lengths must be"),
         ((lengths, 0, "auto", None), "capacity must be"),
-        ((lengths, 2**27, "auto", None), "capacity must be"),
+        ((lengths, 2**25, "auto", None), "capacity must be"),
         ((lengths, 9, "magic", None), "unknown strategy"),
         ((lengths[None], 9, "auto", None), r"lengths must be \[N\]"),
     ]:

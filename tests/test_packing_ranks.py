@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,8 @@ def test_a_pack_is_halved_between_two_of_its_samples() -> None:
     plan = plan_packs([1, 9], 10, strategy="sequential")
     split = balance_ranks(plan, 2).plan
     assert [split.pack(b).tolist() for b in range(split.num_packs)] == [[0], [1]]
+    even = balance_ranks(plan_packs([2] * 8, 16), 2).plan
+    assert np.diff(even.offsets).tolist() == [4, 4]
 
 
 def test_what_is_carried_over_comes_with_the_next_epoch() -> None:
@@ -133,6 +136,11 @@ def test_ranks_take_equal_numbers_of_batches_and_resume_anywhere(
             packs_per_step=6 * per_batch, remainder=remainder, seed=4,  # type: ignore[arg-type]
         )  # fmt: skip
 
+    packs = plan_packs(lengths, capacity).num_packs
+    if remainder in ("drop", "carry") and 0 < packs < 6 * per_batch:
+        with pytest.raises(ValueError, match=rf"{packs} packs do not fill one step of {6 * per_batch}"):
+            sampler(0)
+        return
     epochs = []
     for rank in range(num_ranks):
         own = sampler(rank)
@@ -157,7 +165,8 @@ def test_ranks_take_equal_numbers_of_batches_and_resume_anywhere(
     batches = iter(first)
     seen = [next(batches) for _ in range(stop)]
     second.load_state_dict(first.state_dict())
-    assert seen + list(second) == epochs[0][0] and list(second) == epochs[0][1]
+    whole = epochs[0][0] + epochs[0][1]
+    assert seen + list(second) == whole[: len(epochs[0][0]) if stop < len(epochs[0][0]) else None]
 
 
 def test_a_run_resumes_on_another_number_of_ranks_after_a_whole_step() -> None:
@@ -166,21 +175,19 @@ def test_a_run_resumes_on_another_number_of_ranks_after_a_whole_step() -> None:
     def sampler(rank: int, ranks: int) -> PackSampler:
         return PackSampler(lengths, 1024, num_ranks=ranks, rank=rank, packs_per_step=4)
 
-    def step(samplers: list[PackSampler], rounds: int) -> list[int]:
-        iterators = [iter(s) for s in samplers]
-        return sorted(number for it in iterators for _ in range(rounds) for number in next(it))
+    def step(batches: list[Iterator[list[int]]], rounds: int) -> list[int]:
+        return sorted(number for own in batches for _ in range(rounds) for number in next(own))
 
-    two, four = [sampler(rank, 2) for rank in range(2)], [sampler(rank, 4) for rank in range(4)]
+    first = sampler(0, 2)
+    two, four = [iter(first), iter(sampler(1, 2))], [iter(sampler(rank, 4)) for rank in range(4)]
     assert step(two, 2) == step(four, 1)
-    state = two[0].state_dict()
     moved = [sampler(rank, 4) for rank in range(4)]
-    for s in moved:
-        s.load_state_dict(state)
-    assert step(moved, 1) == step(four, 1)
-    three = PackSampler(lengths, 1024, num_ranks=4, rank=0, packs_per_step=4)
-    next(iter(two[0]))
+    for other in moved:
+        other.load_state_dict(first.state_dict())
+    assert step([iter(other) for other in moved], 1) == step(four, 1)
+    next(two[0])
     with pytest.raises(ValueError, match=r"after 6 packs, inside a batch of 4 ranks x 1 packs"):
-        three.load_state_dict(two[0].state_dict())
+        moved[0].load_state_dict(first.state_dict())
 
 
 def test_epochs_differ_and_can_be_chosen() -> None:
@@ -190,18 +197,62 @@ def test_epochs_differ_and_can_be_chosen() -> None:
     sampler.set_epoch(0)
     assert list(sampler) == first
     sampler.set_epoch(1)
-    assert next(iter(sampler)) == second[0]
-    sampler.set_epoch(1)  # the epoch that is under way goes on
-    assert list(sampler) == second[1:]
+    assert list(sampler) == second
+    sampler.set_epoch(1)
+    assert list(sampler) == second
+    saved = PackSampler(chat_lengths(60).clip(1, 500), 1000, seed=1)
+    saved.load_state_dict(sampler.state_dict(batches=1))
+    saved.set_epoch(1)  # as trainers do: the position that was loaded is kept
+    assert list(saved) == second[1:]
 
 
 def test_batches_fetched_ahead_are_not_counted_as_done() -> None:
-    sampler = PackSampler([3] * 10, 3)
-    batches = list(sampler)
-    state = sampler.state_dict(batches=4) | {"epoch": 0}
-    resumed = PackSampler([3] * 10, 3)
-    resumed.load_state_dict(state)
-    assert list(resumed) == batches[4:]
+    lengths = [3] * 10
+    sampler = PackSampler(lengths, 3)
+    loader = DataLoader(range(10), batch_sampler=sampler, collate_fn=list, num_workers=2)  # type: ignore[arg-type, var-annotated]
+    batches = list(loader)
+    sampler.set_epoch(0)
+    consumed = [batch for batch, _ in zip(loader, range(8), strict=False)]  # the workers have fetched all ten by now
+    resumed = PackSampler(lengths, 3)
+    resumed.load_state_dict(sampler.state_dict(batches=len(consumed)))
+    assert consumed == batches[:8] and list(resumed) == batches[8:]
+
+
+def test_a_pass_that_was_left_early_starts_again() -> None:
+    sampler, whole = PackSampler([3] * 10, 3), PackSampler([3] * 10, 3)
+    next(iter(sampler))
+    assert list(sampler) == list(whole) and list(sampler) == list(whole)
+
+
+def test_a_state_at_the_end_of_an_epoch_goes_on_with_the_next() -> None:
+    sampler, resumed = PackSampler([3] * 10, 3), PackSampler([3] * 10, 3)
+    list(sampler)
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.epoch == 1 and list(resumed) == list(sampler)
+
+
+def test_one_batch_holds_as_many_packs_as_asked_for() -> None:
+    lengths = [3] * 24
+    own = [list(PackSampler(lengths, 3, num_ranks=2, rank=rank, packs_per_batch=3)) for rank in range(2)]
+    assert [len(batches) for batches in own] == [4, 4] and all(len(b) == 3 for batches in own for b in batches)
+    assert sorted(number for batches in own for batch in batches for number in batch) == list(range(24))
+    sampler = PackSampler(lengths, 3, num_ranks=2, packs_per_batch=3)
+    batches = iter(sampler)
+    seen = [next(batches) for _ in range(2)]
+    resumed = PackSampler(lengths, 3, num_ranks=2, packs_per_batch=3)
+    resumed.load_state_dict(sampler.state_dict())
+    assert seen + list(resumed) == own[0]
+
+
+def test_the_seed_shuffles_the_steps() -> None:
+    plan = plan_packs(np.arange(1, 41), 40)
+    steps = [balance_ranks(plan, 2, seed=seed).steps[:, :, 0].tolist() for seed in (None, 0, 1)]
+    assert steps[0] != steps[1] != steps[2] and sorted(steps[0]) == sorted(steps[1]) == sorted(steps[2])
+
+
+def test_what_is_lost_can_be_seen() -> None:
+    sampler = PackSampler([3, 9, 2], 5, overlong="drop")
+    assert sampler.ranks.plan.dropped.tolist() == [1] and sampler.ranks.plan.lost_tokens == 9
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,30 @@ def test_further_fields_keep_their_type(dtype: torch.dtype, name: str) -> None:
     assert torch.equal(row.float()[0], torch.cat([values.float(), torch.zeros(1, 2)]))
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_bytes_in_another_order_or_place_are_read_all_the_same(name: str) -> None:
+    """Big-endian files, and arrays that begin at an odd address."""
+    odd = np.frombuffer(b"x" + np.array([1, 2, 3], "<i8").tobytes(), dtype="<i8", offset=1, count=3)
+    assert not odd.flags.aligned
+    for ids in (np.array([1, 2, 3], ">i8"), np.array([1, 2, 3], ">u2"), odd):
+        batch = pack_samples([{"input_ids": ids, "labels": ids, "x": ids}], backend=name)
+        assert batch.input_ids.tolist() == batch.extra["x"].tolist() == [[1, 2, 3]]
+        assert batch.labels.tolist() == [[-100, 2, 3]]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_types_that_numpy_lacks_are_not_mistaken_for_their_bits(name: str) -> None:
+    low = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
+    samples = [{"input_ids": [1, 2], "x": torch.ones(2)}, {"input_ids": [1, 2], "x": low}]
+    for mixed in (samples, samples[::-1]):
+        with pytest.raises(ValueError, match=r"x mixes tensors of torch.bfloat16 with other types"):
+            pack_samples(mixed, backend=name)
+    for field in ("input_ids", "labels"):
+        with pytest.raises(ValueError, match=rf"expected integer {field}, got torch.bfloat16"):
+            pack_samples([{"input_ids": [1, 2]} | {field: low}], backend=name)
+    assert pack_samples(samples, index=[1], backend=name).extra["x"].dtype == torch.bfloat16
+
+
 def test_fields_of_mixed_types_take_the_wider_one() -> None:
     samples = [{"input_ids": [1], "x": np.array([1], np.int32)}, {"input_ids": [2], "x": np.array([0.5], np.float32)}]
     assert pack_samples(samples).extra["x"].tolist() == [[1.0, 0.5]]
@@ -162,6 +186,8 @@ def test_rows_are_written_into_the_callers_buffers(name: str) -> None:
         pytest.param({"labels": torch.zeros(1, 2, dtype=torch.int64)}, r"expected out\['labels'\] .*>= 3", id="small"),
         pytest.param({"labels": torch.zeros(1, 9)}, r"torch.int64 .*got torch.float32", id="type"),
         pytest.param({"labels": torch.zeros(9, dtype=torch.int64)}, r"got torch.int64 \[9\]", id="shape"),
+        pytest.param({"labels": torch.zeros(2, 9, dtype=torch.int64)}, r"got torch.int64 \[2, 9\]", id="rows"),
+        pytest.param({"labels": torch.zeros(1, 9, dtype=torch.int64)[:, ::2]}, r"contiguous", id="strided"),
         pytest.param({"labels": torch.zeros(1, 9, dtype=torch.int64, device="meta")}, r"on meta", id="device"),
         pytest.param({"label": torch.zeros(1, 9)}, r"out has \['label'\], the batch has only", id="unknown"),
     ],
@@ -188,7 +214,11 @@ def test_arrow_columns_are_read_where_they_lie(kind: Any) -> None:
     assert ragged.values.__array_interface__["data"][0] == address
     assert [v.tolist() for v in Ragged.from_arrow(array[1:]).take([0, 1])] == [[3], [4, 5, 6]]
     table = pa.chunked_array([array, array[:1]])
-    assert pack_samples({"input_ids": table}, index=[3, 1]).input_ids.tolist() == [[1, 2, 3]]
+    with pytest.raises(ValueError, match=r"input_ids is an Arrow column of 2 chunks, .*join them once with Ragged"):
+        pack_samples({"input_ids": table}, index=[3, 1])
+    assert pack_samples({"input_ids": Ragged.from_arrow(table)}, index=[3, 1]).input_ids.tolist() == [[1, 2, 3]]
+    hole = pa.array([None, [1, 2], [None], [3]], kind(pa.int32()))
+    assert [v.tolist() for v in Ragged.from_arrow(hole[1:2]).take([0])] == [[1, 2]]
     assert pack_samples({"input_ids": array}).cu_seqlens.tolist() == [0, 2, 3, 6]
 
 
@@ -198,7 +228,17 @@ def test_arrow_columns_are_read_where_they_lie(kind: Any) -> None:
         pytest.param(lambda: Ragged([1, 2], [0, 3]), r"offsets go from 0 to 3, values are \[2\]", id="outside"),
         pytest.param(lambda: Ragged([1, 2], [0, 2, 1, 2]), r"sample 1 ends before it starts", id="decreasing"),
         pytest.param(lambda: Ragged([1, 2], [0.0, 2.0]), r"expected integer offsets", id="float"),
-        pytest.param(lambda: Ragged.from_arrow(pa.array([1, 2])), r"expected a list array, got int64", id="flat"),
+        pytest.param(
+            lambda: Ragged.from_arrow(pa.array([1, 2])), r"expected a list or large_list array, got int64", id="flat"
+        ),
+        pytest.param(
+            lambda: Ragged.from_arrow(pa.array([[1], [2]], pa.list_view(pa.int64()))), r"got list_view<", id="list-view"
+        ),
+        pytest.param(
+            lambda: Ragged.from_arrow(pa.array([[1], [2]], pa.list_(pa.int64(), 1))),
+            r"got fixed_size_list<",
+            id="fixed",
+        ),
         pytest.param(lambda: Ragged.from_arrow(pa.array([[1], None])), r"1 values are missing", id="missing"),
         pytest.param(lambda: Ragged.from_arrow(pa.array([[1], [None]])), r"1 values are missing", id="missing-token"),
     ],
@@ -210,6 +250,12 @@ def test_wrong_columns_are_refused(make: Any, message: str) -> None:
 
 def test_sample_numbers_are_checked() -> None:
     ids = Ragged([1, 2], [0, 1, 2])
+    for wrong in ([True, False], [0.9], [[0]]):
+        with pytest.raises(ValueError, match=r"expected sample numbers \[N\], got"):
+            pack_samples({"input_ids": ids}, index=wrong)  # type: ignore[arg-type]
+    with pytest.raises(IndexError, match=r"index goes from -1 to 0, input_ids has 2"):
+        pack_samples({"input_ids": [[1], [2]]}, index=[0, -1])
+    assert pack_samples({"input_ids": ids, "x": ids}, index=[]).num_tokens == 0
     for number in (2, -1):
         with pytest.raises(IndexError, match=rf"{number} is not one of the 2 samples"):
             pack_samples({"input_ids": ids}, index=[0, number])
@@ -323,6 +369,7 @@ def test_an_empty_pack_is_one_token_without_a_label(held: bool) -> None:
     row = PackCollator(fields={"input_ids": [[1, 2]]} if held else None)([])
     assert row["input_ids"].tolist() == [[0]] and row["labels"].tolist() == [[-100]]
     assert row["cu_seq_lens_q"].tolist() == [0, 1]
+    assert PackCollator(fields={"input_ids": [[1, 2]]} if held else None, pad_to=4)([])["input_ids"].shape == (1, 4)
 
 
 def test_the_collator_can_hold_the_samples() -> None:

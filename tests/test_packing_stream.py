@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,25 @@ def test_what_is_left_is_carried_over_and_packs_are_full() -> None:
     packs = packer.push_many(lengths)
     used = sum(int(lengths[pack].sum()) for pack in packs)
     assert used / (len(packs) * 8192) > 0.999
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_packer_can_be_pickled(name: str) -> None:
+    packer = StreamingPacker(2048, 16, backend=name)
+    lengths = chat_lengths(100).clip(1, 2048)
+    packer.push_many(lengths[:60])
+    copy = pickle.loads(pickle.dumps(packer))
+    assert as_lists(copy.push_many(lengths[60:])) == as_lists(packer.push_many(lengths[60:]))
+    assert copy.pushed == 100
+
+
+@pytest.mark.skipif(not NATIVE, reason="no C++ extension")
+def test_threads_may_share_a_packer() -> None:
+    lengths = chat_lengths(20_000).tolist()
+    packer = StreamingPacker(8192, 64)
+    with ThreadPoolExecutor(4) as pool:
+        packs = [pack for closed in pool.map(packer.push, lengths) for pack in closed] + packer.flush()
+    assert sorted(number for pack in packs for number in pack.tolist()) == list(range(len(lengths)))
 
 
 def test_a_window_of_one_packs_nothing_together() -> None:
@@ -163,6 +184,8 @@ def test_overlong_samples_of_a_stream_are_counted() -> None:
     assert cut.counts == {"read": 2, "dropped": 0, "truncated": 1, "lost_tokens": 1}
     assert [batch.num_tokens for batch in drop] == [3]
     assert drop.counts == {"read": 2, "dropped": 1, "truncated": 0, "lost_tokens": 5}
+    with pytest.raises(ValueError, match=r"sample 1 has no tokens; leave empty samples out"):
+        list(PackStream([samples[0], {"input_ids": []}], 4, overlong="drop"))
     with pytest.raises(ValueError, match=r"overlong must be one of .*got 'keep'"):
         PackStream(samples, 4, overlong="keep")  # type: ignore[arg-type]
 
@@ -172,6 +195,12 @@ def test_a_stream_feeds_a_data_loader() -> None:
     rows = list(DataLoader(stream, batch_size=None))
     assert [row["cu_seq_lens_q"].tolist() for row in rows] == [[0, 5, 11], [0, 7]]
     assert torch.equal(rows[1]["input_ids"], torch.full((1, 7), 2))
+
+
+def test_a_stream_survives_another_process() -> None:
+    stream = PackStream(list(Source([5, 6, 7])), 12, 2, collate=PackCollator())
+    rows = list(DataLoader(stream, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
+    assert [row["cu_seq_lens_q"].tolist() for row in rows] == [[0, 5, 11], [0, 7]]
 
 
 def test_workers_that_would_read_everything_twice_are_refused() -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from nova_kernels.integrations.trainer import PackedTraining, token_lengths
 from nova_kernels.integrations.transformers import use_varlen_attention
-from nova_kernels.packing import PackCollator
+from nova_kernels.packing import PackCollator, PackSampler
 from small_tokenizers import byte_level
 
 LENGTHS = np.random.default_rng(0).integers(3, 40, 60)
@@ -100,6 +100,35 @@ def test_packed_losses_are_those_of_the_samples_alone(tmp_path: Path) -> None:
         for start, end in zip(bounds, bounds[1:], strict=False):  # noqa: RUF007
             alone = plain(row["input_ids"][:, start:end], use_cache=False).logits[0]
             torch.testing.assert_close(logits[start:end], alone)
+
+
+def test_masks_and_options_reach_the_batches(tmp_path: Path) -> None:
+    masked = [{**sample, "completion_mask": [0] * (len(sample["input_ids"]) - 1) + [1]} for sample in samples()]
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "data_seed": 5}
+    trainer = PackedTrainer(
+        tiny_model(),
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], dataloader_num_workers=1, **options),
+        train_dataset=masked,
+        data_collator=PackCollator(),
+        pack_capacity=64,
+        pack_options={"overlong": "drop", "window": 2},
+    )
+    loader = trainer.get_train_dataloader()
+    rows = list(loader)
+    assert all((row["labels"] != -100).sum() == row["cu_seq_lens_q"].numel() - 1 for row in rows)
+    expected = PackSampler(LENGTHS, 64, packs_per_batch=2, packs_per_step=6, seed=5, overlong="drop", window=2)
+    for row, numbers in zip(rows, expected, strict=True):
+        assert row["cu_seq_lens_q"].tolist() == np.cumsum([0, *LENGTHS[numbers]]).tolist()
+    assert loader.num_workers == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"remainder": "carry"}, r"epochs of different lengths"), ({"overlong": "truncate"}, r"cut the samples")],
+)
+def test_options_that_the_trainer_cannot_serve_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedTrainer(tiny_model(), pack_capacity=64, pack_options=options)
 
 
 def test_lengths_are_read_from_an_arrow_table() -> None:

@@ -11,6 +11,8 @@ that the collator gives, `use_varlen_attention` works everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -24,20 +26,30 @@ class PackedTraining:
 
     Further keyword arguments of the trainer:
         pack_capacity: tokens per pack.
-        pack_options: further options of `PackSampler`, such as remainder, overlong, window.
+        pack_options: further options of `PackSampler`: strategy, seed, window, linear, quadratic, overlong ("error" or
+            "drop"), remainder ("split", "empty" or "drop": the trainer wants epochs of one length).
+
+    Fields that neither the model nor the collator knows are left out, unless remove_unused_columns is False.
+    dataloader_drop_last has no meaning here: see `remainder`.
     """
 
     def __init__(
-        self, *args: Any, pack_capacity: int, pack_options: dict[str, Any] | None = None, **kwargs: Any
+        self, *args: Any, pack_capacity: int, pack_options: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
+        options = dict(pack_options or {})
+        if options.get("remainder") == "carry":
+            raise ValueError("PackedTraining: remainder='carry' makes epochs of different lengths; use 'split'")
+        if options.get("overlong") == "truncate":
+            raise ValueError("PackedTraining: overlong='truncate' would only plan; cut the samples of the data set")
         super().__init__(*args, **kwargs)
-        self._pack_capacity, self._pack_options = pack_capacity, pack_options or {}
+        self._pack_capacity, self._pack_options = pack_capacity, options
 
     def get_train_dataloader(self) -> DataLoader:
         """One batch of this rank after the other; `set_epoch` and skipping are left to the trainer."""
         trainer: Any = self
         args = trainer.args
         ranks, packs = args.world_size, args.per_device_train_batch_size
+        options = {"seed": args.seed if args.data_seed is None else args.data_seed, **self._pack_options}
         sampler = PackSampler(
             token_lengths(trainer.train_dataset),
             self._pack_capacity,
@@ -45,13 +57,16 @@ class PackedTraining:
             packs_per_step=ranks * packs * args.gradient_accumulation_steps,
             num_ranks=ranks,
             rank=args.process_index,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            **self._pack_options,
+            **options,
         )
+        collate = trainer.data_collator
+        if args.remove_unused_columns:
+            known = {*signature(trainer.model.forward).parameters, "input_ids", "labels"}
+            collate = _KnownFields(collate, known | set(getattr(collate, "masks", ())))
         return _EpochDataLoader(
             trainer.train_dataset,
             batch_sampler=sampler,
-            collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -66,8 +81,19 @@ class _EpochDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
+class _KnownFields:
+    """A collator that sees only the fields that somebody knows."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], known: set[str]) -> None:
+        self._collate, self._known = collate, known
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
+        return self._collate([{name: sample[name] for name in sample if name in self._known} for sample in samples])
+
+
 def token_lengths(dataset: Any) -> np.ndarray:
     """Tokens of every sample, int64 [N]: from the Arrow table where the data set has one, else by reading them all."""
     if hasattr(dataset, "with_format"):
-        return Ragged.from_arrow(dataset.with_format("arrow")[:]["input_ids"]).lengths
+        chunks = dataset.with_format("arrow")[:]["input_ids"].chunks
+        return np.concatenate([np.empty(0, np.int64), *(Ragged.from_arrow(chunk).lengths for chunk in chunks)])
     return np.array([len(dataset[number]["input_ids"]) for number in range(len(dataset))], dtype=np.int64)

@@ -18,6 +18,7 @@ The plan's packs are never taken apart or joined (but by remainder="split"), so 
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -112,6 +113,7 @@ def balance_ranks(
     packs = np.append(packs, np.full(-packs.size % per_step, -1))
     steps = _steps(packs, np.append(work, 0)[packs], per_step, window)
     if seed is not None:
+        seed = operator.index(seed)
         keys = splitmix64(np.arange(len(steps), dtype=np.uint64), seed, STEPS)
         steps = steps[np.argsort(keys, kind="stable")]
     rounds = steps.reshape(len(steps), per_step // num_ranks, num_ranks).copy()

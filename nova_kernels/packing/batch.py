@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nova_kernels.backend import choose
 from nova_kernels.packing import native, reference
-from nova_kernels.packing.columns import BITS, as_bits, read_fields, read_samples
+from nova_kernels.packing.columns import as_bits, read_fields, read_samples, sample_numbers
 from nova_kernels.varlen import MAX_TOKENS
 
 IGNORE_INDEX = -100  # a label that is not trained, as in Hugging Face models
@@ -106,10 +106,10 @@ def pack_samples(
     """
     name = choose("pack_samples", backend, {"native": native.why_not(), "reference": None})
     if isinstance(samples, Mapping):
-        columns = read_fields(samples, index, name == "native")
+        columns, types = read_fields(samples, index, name == "native")
     else:
-        chosen = samples if index is None else [samples[number] for number in np.asarray(index, np.int64).tolist()]
-        columns = read_samples(chosen, name == "native")
+        chosen = samples if index is None else [samples[number] for number in sample_numbers(index).tolist()]
+        columns, types = read_samples(chosen, name == "native")
     writer = {"native": native, "reference": reference}[name]
     used = sum(map(len, columns["input_ids"]))
     total = _row_length(used, pad_to, pad_to_multiple_of)
@@ -119,8 +119,9 @@ def pack_samples(
     cu_seqlens = torch.empty(len(ids) + (2 if used < total else 1), dtype=torch.int32)
     longest = writer.lay_out(ids, labels, *(row.numpy()[0] for row in tokens), cu_seqlens.numpy())
     extra = {}
-    for field_name, arrays in columns.items():
-        extra[field_name] = row = rows.take(field_name, arrays[0].shape[1:], _type_of(samples, field_name, arrays[0]))
+    for field_name, arrays in columns.items() if ids else ():
+        dtype = types.get(field_name) or torch.from_numpy(arrays[0][:0]).dtype
+        extra[field_name] = row = rows.take(field_name, arrays[0].shape[1:], dtype)
         writer.concatenate(arrays, as_bits(row).numpy()[0])
     return PackedBatch(
         input_ids=tokens[0],
@@ -148,15 +149,6 @@ def _row_length(used: int, pad_to: int | None, pad_to_multiple_of: int | None) -
             f"pack_samples: {total} tokens do not fit in int32 boundaries; use rows of at most {MAX_TOKENS} tokens"
         )
     return total
-
-
-def _type_of(samples: Any, name: str, array: np.ndarray) -> torch.dtype:
-    """The torch type of a field whose first sample is `array`: NumPy may hold only its bits."""
-    field = samples[name] if isinstance(samples, Mapping) else None
-    first = samples[0][name] if field is None else field[0] if isinstance(field, list | tuple) else None
-    if isinstance(first, Tensor) and first.dtype in BITS:
-        return first.dtype
-    return torch.from_numpy(array[:0]).dtype
 
 
 class _Rows:

@@ -46,7 +46,8 @@ class PackCollator:
         self._fields = (
             None if fields is None else {name: _as_field(f) for name, f in fields.items() if name not in self._drop}
         )
-        self._masks, self._max_length, self._seq_idx = masks, max_length, seq_idx
+        self.masks = tuple(masks)
+        self._max_length, self._seq_idx = max_length, seq_idx
         self._pad_to, self._multiple = pad_to, pad_to_multiple_of
 
     def __call__(self, batch: Sequence[Any]) -> dict[str, Any]:
@@ -65,7 +66,7 @@ class PackCollator:
         pad_to = self._pad_to if len(batch) else self._pad_to or 1
         packed = pack_samples(samples, pad_to=pad_to, pad_to_multiple_of=self._multiple)
         row: dict[str, Any] = {"input_ids": packed.input_ids, "labels": packed.labels, **packed.extra}
-        for name in self._masks:
+        for name in self.masks:
             if name in row:
                 row["labels"][row.pop(name) == 0] = IGNORE_INDEX
         row |= packed.attention_kwargs()

@@ -16,6 +16,7 @@ from torch import Tensor
 from nova_kernels.packing import native
 
 Columns = dict[str, list[np.ndarray]]  # input_ids first, labels second if there are any
+Types = dict[str, torch.dtype]  # of the fields whose arrays hold only bits
 
 COMPUTED = ("position_ids", "attention_mask", "cu_seqlens", "max_seqlen")
 # Types that NumPy lacks, and those of the same size that carry their bits.
@@ -53,21 +54,23 @@ class Ragged:
 
     @classmethod
     def from_arrow(cls, array: Any) -> Ragged:
-        """The list array of an Arrow table's column, without a copy if it is one chunk.
+        """The column of an Arrow table; one chunk is read where it lies, several are copied into one.
 
         Args:
             array: pyarrow ListArray, LargeListArray, or ChunkedArray of them, without missing values.
 
         Raises:
-            ValueError: not a list array, or values are missing.
+            ValueError: an array of another kind, or values are missing.
         """
+        if not str(array.type).startswith(("list<", "large_list<")):
+            raise ValueError(f"Ragged.from_arrow: expected a list or large_list array, got {array.type}")
         if hasattr(array, "num_chunks"):
             array = array.chunk(0) if array.num_chunks == 1 else array.combine_chunks()
-        if not hasattr(array, "offsets"):
-            raise ValueError(f"Ragged.from_arrow: expected a list array, got {getattr(array, 'type', type(array))}")
-        if array.null_count or array.values.null_count:
-            raise ValueError(f"Ragged.from_arrow: {array.null_count or array.values.null_count} values are missing")
-        return cls(array.values.to_numpy(zero_copy_only=False), array.offsets.to_numpy())
+        offsets = array.offsets.to_numpy()
+        values = array.values.slice(offsets[0], offsets[-1] - offsets[0])
+        if missing := array.null_count + values.null_count:
+            raise ValueError(f"Ragged.from_arrow: {missing} values are missing")
+        return cls(values.to_numpy(zero_copy_only=False), offsets - offsets[0])
 
     def __len__(self) -> int:
         return self.lengths.size
@@ -78,7 +81,7 @@ class Ragged:
         Raises:
             IndexError: a number that is no sample; negative ones do not count from the end.
         """
-        numbers = np.asarray(samples, dtype=np.int64)
+        numbers = sample_numbers(samples)
         if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
             wrong = numbers.min() if numbers.min() < 0 else numbers.max()
             raise IndexError(f"Ragged: {wrong} is not one of the {len(self)} samples")
@@ -86,42 +89,78 @@ class Ragged:
         return [self.values[start:end] for start, end in bounds]
 
 
-def read_samples(samples: Sequence[Mapping[str, Any]], use_native: bool) -> Columns:
+def sample_numbers(index: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [N]
+
+    Raises:
+        ValueError: not integers; a mask is no list of numbers.
+    """
+    numbers = np.asarray(index)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise ValueError(f"pack_samples: expected sample numbers [N], got {numbers.dtype} {list(numbers.shape)}")
+    return numbers.astype(np.int64, copy=False)
+
+
+def read_samples(samples: Sequence[Mapping[str, Any]], use_native: bool) -> tuple[Columns, Types]:
     """The fields of the samples, checked; see `pack_samples`."""
     if not samples:
-        return {"input_ids": []}
+        return {"input_ids": []}, {}
     names = _ordered(samples[0], "sample 0 has")
     read = native.read_rows(samples, names) if use_native else None
-    if read is None:
-        for number, sample in enumerate(samples):
-            if sample.keys() != samples[0].keys():
-                raise ValueError(
-                    f"pack_samples: sample {number} has the fields {sorted(sample)}, sample 0 has "
-                    f"{sorted(samples[0])}; all samples need the same fields"
-                )
-        read = [[_as_array(sample[name], name, number) for number, sample in enumerate(samples)] for name in names]
-    return _checked(dict(zip(names, read, strict=True)), use_native)
+    if read is not None:
+        return _checked(dict(zip(names, read, strict=True)), use_native), {}
+    for number, sample in enumerate(samples):
+        if sample.keys() != samples[0].keys():
+            raise ValueError(
+                f"pack_samples: sample {number} has the fields {sorted(sample)}, sample 0 has {sorted(samples[0])}; "
+                "all samples need the same fields"
+            )
+    return _read_lists({name: [sample[name] for sample in samples] for name in names}, use_native)
 
 
-def read_fields(fields: Mapping[str, Any], index: Sequence[int] | np.ndarray | None, use_native: bool) -> Columns:
+def read_fields(
+    fields: Mapping[str, Any], index: Sequence[int] | np.ndarray | None, use_native: bool
+) -> tuple[Columns, Types]:
     """The fields of the samples with these numbers (None = all), checked; see `pack_samples`."""
     names = _ordered(fields, "there are")
-    columns: Columns = {}
+    columns: dict[str, list[Any]] = {}
     for name in names:
         field = fields[name]
-        if not isinstance(field, Ragged) and (hasattr(field, "offsets") or hasattr(field, "num_chunks")):
+        if getattr(field, "num_chunks", 1) > 1:
+            raise ValueError(
+                f"pack_samples: {name} is an Arrow column of {field.num_chunks} chunks, which would be joined for "
+                "every row; join them once with Ragged.from_arrow"
+            )
+        if not isinstance(field, Ragged | list | tuple):
             field = Ragged.from_arrow(field)
-        numbers = np.arange(len(field)) if index is None else np.asarray(index, dtype=np.int64)
-        columns[name] = (
-            field.take(numbers)
-            if isinstance(field, Ragged)
-            else [_as_array(field[number], name, number) for number in numbers.tolist()]
-        )
+        numbers = np.arange(len(field)) if index is None else sample_numbers(index)
+        if not isinstance(field, Ragged) and numbers.size and not 0 <= numbers.min() <= numbers.max() < len(field):
+            raise IndexError(
+                f"pack_samples: index goes from {numbers.min()} to {numbers.max()}, {name} has {len(field)}"
+            )
+        columns[name] = field.take(numbers) if isinstance(field, Ragged) else [field[i] for i in numbers.tolist()]
     if len({len(arrays) for arrays in columns.values()}) > 1:
-        raise ValueError(
-            f"pack_samples: fields of different numbers of samples: { {n: len(a) for n, a in columns.items()} }"
-        )
-    return _checked(columns, use_native)
+        counts = {name: len(arrays) for name, arrays in columns.items()}
+        raise ValueError(f"pack_samples: fields of different numbers of samples: {counts}")
+    if all(isinstance(fields[name], Ragged) for name in names):
+        return _checked(columns, use_native), {}
+    return _read_lists(columns, use_native)
+
+
+def _read_lists(columns: Mapping[str, Sequence[Any]], use_native: bool) -> tuple[Columns, Types]:
+    """Values of any kind as arrays, and the types of those fields that NumPy can only carry as bits."""
+    types: Types = {}
+    for name, values in columns.items():
+        special = [value.dtype for value in values if isinstance(value, Tensor) and value.dtype in BITS]
+        if not special:
+            continue
+        if len(special) < len(values) or len(set(special)) > 1:
+            raise ValueError(f"pack_samples: {name} mixes tensors of {special[0]} with other types; convert them")
+        if name in ("input_ids", "labels"):
+            raise ValueError(f"pack_samples: expected integer {name}, got {special[0]}")
+        types[name] = special[0]
+    arrays = {name: [_as_array(value, name, i) for i, value in enumerate(values)] for name, values in columns.items()}
+    return _checked(arrays, use_native), types
 
 
 def as_bits(tensor: Tensor) -> Tensor:
@@ -148,7 +187,8 @@ def _as_array(value: Any, name: str, number: int) -> np.ndarray:
         raise ValueError(f"pack_samples: sample {number}: expected numbers in {name}, got {array.dtype}")
     if array.size == 0 and isinstance(value, list):
         return array.astype(np.int64)
-    return np.ascontiguousarray(array) if array.ndim else array
+    native_order = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return np.require(native_order, requirements=["C", "A"]) if array.ndim else array
 
 
 def _checked(columns: Columns, use_native: bool) -> Columns:
@@ -176,6 +216,6 @@ def _checked(columns: Columns, use_native: bool) -> Columns:
     if 0 in lengths:
         raise ValueError(f"pack_samples: sample {lengths.index(0)} has no tokens; leave empty samples out")
     return {
-        name: [np.ascontiguousarray(array, np.result_type(*arrays)) for array in arrays] if arrays else []
+        name: [np.require(array, np.result_type(*arrays), ["C", "A"]) for array in arrays] if arrays else []
         for name, arrays in columns.items()
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nova_kernels.backend import native_extension, why_not_native
 
-MAX_CAPACITY = 2**26  # tokens; the planner holds a few words per possible length
+MAX_CAPACITY = 2**24  # tokens; the planner holds a few words per possible length
 
 
 def why_not(capacity: int = 0) -> str | None:

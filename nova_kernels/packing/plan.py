@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -86,6 +87,7 @@ def plan_packs(
         A PackPlan, a pure function of the arguments: the same on every rank and platform.
 
     Raises:
+        TypeError: a capacity or seed that is no integer.
         ValueError: a sample longer than the capacity (overlong="error") or without tokens, lengths that are no
             integers, an unknown option.
         BackendUnavailableError: the named backend cannot run.
@@ -95,6 +97,7 @@ def plan_packs(
     for name, value, known in (("strategy", strategy, Strategy), ("overlong", overlong, Overlong)):
         if value not in get_args(known):
             raise ValueError(f"plan_packs: {name} must be one of {list(get_args(known))}, got {value!r}")
+    capacity, seed = operator.index(capacity), None if seed is None else operator.index(seed)
     if not 1 <= capacity <= MAX_TOKENS:
         raise ValueError(f"plan_packs: capacity must be 1 ... {MAX_TOKENS} tokens (int32 boundaries), got {capacity}")
     given = _as_lengths(lengths)
@@ -119,7 +122,7 @@ def plan_packs(
         lengths=final,
         dropped=dropped,
         truncated=truncated,
-        lost_tokens=int((given[too_long] - final[too_long]).sum()),
+        lost_tokens=int((given[too_long].astype(np.int64) - final[too_long]).sum()),
         capacity=capacity,
         lower_bound=bound,
     )
@@ -139,5 +142,9 @@ def _as_lengths(lengths: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
         raise ValueError(
             f"plan_packs: sample {int(sizes.argmin())} has {int(sizes.min())} tokens, expected at least 1; "
             "leave empty samples out"
+        )
+    if sizes.max() > MAX_TOKENS:
+        raise ValueError(
+            f"plan_packs: sample {int(sizes.argmax())} has {int(sizes.max())} tokens, more than int32 boundaries count"
         )
     return sizes

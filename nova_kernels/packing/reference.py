@@ -32,6 +32,7 @@ from math import ceil
 
 import numpy as np
 
+PLAN_VERSION = 1  # raised when the same arguments give another plan
 GOLDEN = 0x9E3779B97F4A7C15  # step of splitmix64
 ITEMS, PACKS, SEARCH = 0, 1, 2  # streams of random draws
 WINDOWS = (256, 32)  # of the two searches
@@ -79,7 +80,7 @@ def search(lengths: Sequence[int], capacity: int, window: int) -> list[Placement
     """The samples in a random order, as a stream."""
     deck = shuffled(sorted(lengths), 0, SEARCH)
     stream = Stream(capacity, window, min(max(TRIES * 100_000 // max(len(deck), 1), 64), TRIES))
-    packs = stream.push(0, np.array(deck, dtype=np.int64))
+    packs = stream.push(np.array(deck, dtype=np.int64))
     while len(stream):
         packs.append(stream.close())
     return [(b, deck[item]) for b, pack in enumerate(packs) for item in pack.tolist()]
@@ -124,18 +125,29 @@ class Stream:
     def __init__(self, capacity: int, window: int, tries: int = TRIES) -> None:
         self._capacity, self._window, self._tries = capacity, window, tries
         self._waiting: list[tuple[int, int]] = []  # (number, length), oldest first
+        self._pushed = 0
 
-    def push(self, first: int, lengths: np.ndarray) -> list[np.ndarray]:
-        """Samples with the numbers first, first + 1, ...; the numbers of each pack that closes, int64."""
+    def push(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Samples, numbered as they come; the numbers of each pack that closes, int64."""
         packs = []
-        for number, length in enumerate(lengths.tolist(), start=first):
-            self._waiting.append((number, length))
+        for length in lengths.tolist():
+            self._waiting.append((self._pushed, length))
+            self._pushed += 1
             if len(self._waiting) == self._window:
                 packs.append(self.close())
         return packs
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def pushed(self) -> int:
+        """Samples that have come."""
+        return self._pushed
+
+    def restore(self, numbers: np.ndarray, lengths: np.ndarray, pushed: int) -> None:
+        """Take over what waits in another stream, oldest first, and how many samples have come to it."""
+        self._waiting = list(zip(numbers.tolist(), lengths.tolist(), strict=True))
+        self._pushed = pushed
 
     def waiting(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers and lengths of the samples that wait, oldest first."""

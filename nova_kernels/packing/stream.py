@@ -42,11 +42,8 @@ class StreamingPacker:
         if not 1 <= window <= MAX_TOKENS:
             raise ValueError(f"StreamingPacker: window must be 1 ... {MAX_TOKENS} samples, got {window}")
         self.capacity, self.window = capacity, window
-        self._next = 0
-        self._planner = {"native": native, "reference": reference}[
-            choose("StreamingPacker", backend, {"native": native.why_not(capacity), "reference": None})
-        ]
-        self._stream = self._planner.Stream(capacity, window)
+        self._backend = choose("StreamingPacker", backend, {"native": native.why_not(capacity), "reference": None})
+        self._stream = {"native": native, "reference": reference}[self._backend].Stream(capacity, window)
 
     def push(self, length: int) -> list[np.ndarray]:
         """One more sample of `length` tokens; the pack that closes, if one does: numbers of its samples, int64.
@@ -70,12 +67,10 @@ class StreamingPacker:
         wrong = np.flatnonzero((sizes < 1) | (sizes > self.capacity))
         if wrong.size:
             raise ValueError(
-                f"StreamingPacker: sample {self._next + int(wrong[0])} has {sizes[wrong[0]]} tokens, expected 1 ... "
+                f"StreamingPacker: sample {self.pushed + int(wrong[0])} has {sizes[wrong[0]]} tokens, expected 1 ... "
                 f"{self.capacity}; leave it out or cut it"
             )
-        packs = self._stream.push(self._next, np.ascontiguousarray(sizes, dtype=np.int64))
-        self._next += sizes.size
-        return packs
+        return self._stream.push(np.ascontiguousarray(sizes, dtype=np.int64))
 
     def close(self) -> np.ndarray:
         """The next pack, however few samples wait.
@@ -101,7 +96,7 @@ class StreamingPacker:
     @property
     def pushed(self) -> int:
         """Samples that have come so far; the next one gets this number."""
-        return self._next
+        return self._stream.pushed()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain integers: what waits, and how many samples have come."""
@@ -109,7 +104,7 @@ class StreamingPacker:
         return {
             "capacity": self.capacity,
             "window": self.window,
-            "next": self._next,
+            "pushed": self.pushed,
             "waiting": numbers.tolist(),
             "lengths": lengths.tolist(),
         }
@@ -125,17 +120,24 @@ class StreamingPacker:
                 f"StreamingPacker: the state is of capacity {state['capacity']} and window {state['window']}, this "
                 f"packer has {self.capacity} and {self.window}"
             )
-        self._stream = self._planner.Stream(self.capacity, self.window)
-        for number, length in zip(state["waiting"], state["lengths"], strict=True):
-            self._stream.push(number, np.array([length], dtype=np.int64))
-        self._next = int(state["next"])
+        numbers, lengths = (np.array(state[name], dtype=np.int64) for name in ("waiting", "lengths"))
+        self._stream.restore(numbers, lengths, int(state["pushed"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backend": self._backend, **self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["capacity"], state["window"], backend=state["backend"])  # type: ignore[misc]
+        self.load_state_dict(state)
 
 
 class PackStream(IterableDataset):
     """Packed batches from an iterable of samples: for a plain loop, or a DataLoader with batch_size=None.
 
     The state holds the samples that wait and the position of the source: its own state where it has state_dict and
-    load_state_dict, otherwise the number of samples read, which are read again and skipped on resume.
+    load_state_dict, otherwise the number of samples read, which are read again and skipped on resume. In a DataLoader
+    with workers the stream that moves is the worker's copy: save its state with a loader that asks the workers, as
+    torchdata's StatefulDataLoader does.
     """
 
     def __init__(
@@ -190,6 +192,10 @@ class PackStream(IterableDataset):
         for sample in () if self._exhausted else rest:
             self._counts["read"] += 1
             length = len(sample["input_ids"])
+            if length == 0:
+                raise ValueError(
+                    f"PackStream: sample {self._counts['read'] - 1} has no tokens; leave empty samples out"
+                )
             if length > self._packer.capacity:
                 if (fitting := self._shortened(sample, length)) is None:
                     continue
