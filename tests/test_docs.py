@@ -1,6 +1,7 @@
 """The documentation tells the truth: its links, commands, keys, recipes, files and marked examples exist and work.
 
-A fence that opens with ```python run is executed; the fences of one page share their names, as a reader would.
+A fence that opens with ```python run is executed; the fences of one page share their names, as a reader would. Further
+words are libraries that it needs: it is left out where one of them is not installed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -108,7 +110,8 @@ def broken_yaml(pages: Mapping[str, str]) -> Iterator[str]:
 def examples(page: str) -> Iterator[tuple[int, str]]:
     """(line of the first statement, source) of every fence that is to be run."""
     for match in FENCE.finditer(page):
-        if match[2] == "python" and match[3].split()[:1] == ["run"]:
+        run, *libraries = match[3].split() or [""]
+        if match[2] == "python" and run == "run" and all(map(find_spec, libraries)):
             source = "\n".join(line.removeprefix(match[1]) for line in match[4].splitlines())
             yield line_of(page, match.start()) + 1, source
 
@@ -169,6 +172,13 @@ def test_broken_pages_are_found(page: str, says: str | None, tmp_path: Path) -> 
     pages = {"a.md": page}
     found = [*broken_links(pages, tmp_path), *broken_commands(pages, tmp_path), *broken_yaml(pages)]
     assert found == ([says] if says else [])
+
+
+def test_examples_wait_for_their_libraries() -> None:
+    fences = [f"```python run {libraries}\nraise OSError\n```\n" for libraries in ("no_such_library", "json ast")]
+    run_examples("a.md", fences[0])
+    with pytest.raises(OSError):
+        run_examples("a.md", fences[1])
 
 
 def test_examples_share_names_and_fail_at_their_line() -> None:

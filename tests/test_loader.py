@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_kernels.packing import PackedBatch
+from nova_kernels.packing import PackedBatch, PackSampler
 from nova_train.datasets import DataError
 from nova_train.loader import PackedLoader, ShuffledLoader
 
@@ -28,6 +28,20 @@ LENGTHS = [7, 3, 3, 3, 12, 1, 5, 5, 9, 2, 2, 11, 4]
 def packed(lengths: list[int] | None = None, **options: Any) -> PackedLoader:
     settings = {"capacity": 12, "packs_per_step": 3, "packs_per_micro_batch": 1, "epochs": 2, "seed": 0, **options}
     return PackedLoader(make_samples(LENGTHS if lengths is None else lengths), **settings)
+
+
+def test_packs_are_those_of_the_sampler_in_its_order() -> None:
+    loader = packed(list(range(1, 13)), packs_per_step=2, epochs=1)
+    sampler = PackSampler(list(range(1, 13)), 12, packs_per_step=2, seed=0, window=1)
+    assert [order(step) for step in everything(loader)] == [
+        [int(sample) for pack in step for sample in pack] for step in sampler.steps(0)
+    ]
+
+
+def test_fewer_samples_than_packs_in_a_step_are_a_smaller_step() -> None:
+    loader = packed([5, 4], packs_per_step=4, epochs=1)
+    (step,) = everything(loader)
+    assert sorted(batch.num_tokens for batch in step) == [4, 5]
 
 
 def shuffled(items: list[int], **options: Any) -> ShuffledLoader[int]:
