@@ -155,7 +155,44 @@ def stream_table(record: Record) -> str:
     return title + table(["W", "speed", *(f"{name}, {capacity}" for name, capacity in cases)], lines)
 
 
+def summary_table(record: Record) -> str:
+    """What the README says: ours, and the way most trainers take today."""
+    rows = record["rows"]
+
+    def pair(write: Callable[[Row], str], other: str, **facts: Any) -> list[str]:
+        ours, theirs = (select(rows, packer=packer, **facts)[0] for packer in (OURS, other))
+        ratio = theirs["seconds_median"] / ours["seconds_median"]
+        return [write(ours), f"{write(theirs)} ({ratio:,.0f}x, {other})"]
+
+    def plan_of(row: Row) -> str:
+        return f"{time_of(row)}, {over_bound(row)} packs above the bound"
+
+    def shared(method: str) -> str:
+        return share(select(rows, case="utilization", list="chat", capacity=8192, method=method)[0])
+
+    most = max(row["samples"] for row in select(rows, case="plan", list="chat", capacity=8192, packer=OURS))
+    clustered = {"case": "plan", "list": "clustered", "capacity": 16384}
+    lines = [
+        [
+            f"plan of {most:,} chat samples",
+            *pair(plan_of, "TRL pack_dataset", case="plan", samples=most, capacity=8192),
+        ],
+        ["plan of 100,000 lengths near a quarter of the capacity", *pair(share, "TRL pack_dataset", **clustered)],
+        [
+            "64 samples into one row",
+            *pair(time_of, "transformers DataCollatorWithFlattening", case="collate", kind="numpy int32"),
+        ],
+        [
+            "real tokens in a batch, chat",
+            f"{shared('packed, 256 samples waiting')} (256 samples waiting)",
+            f"{shared('padded to the longest of 64')} (64 samples padded to the longest)",
+        ],
+    ]
+    return table(["capacity 8192 tokens unless said otherwise", "nova_kernels", "elsewhere"], lines)
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
+    "packing-summary": summary_table,
     "packing-plan": plan_table,
     "packing-capacities": capacities_table,
     "packing-clustered": clustered_table,
