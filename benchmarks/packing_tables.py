@@ -160,35 +160,38 @@ def summary_table(record: Record) -> str:
     rows = record["rows"]
 
     def pair(write: Callable[[Row], str], other: str, **facts: Any) -> list[str]:
-        ours, theirs = (select(rows, packer=packer, **facts)[0] for packer in (OURS, other))
-        ratio = theirs["seconds_median"] / ours["seconds_median"]
-        return [write(ours), f"{write(theirs)} ({ratio:,.0f}x, {other})"]
+        theirs = [
+            f"{write(row)} ({row['seconds_median'] / ours['seconds_median']:,.0f}x, {other})"
+            for ours in select(rows, packer=OURS, **facts)
+            for row in select(rows, packer=other, **facts)
+        ]
+        return [cell(rows, write, packer=OURS, **facts), *(theirs or [""])]
 
     def plan_of(row: Row) -> str:
         return f"{time_of(row)}, {over_bound(row)} packs above the bound"
 
     def shared(method: str) -> str:
-        return share(select(rows, case="utilization", list="chat", capacity=8192, method=method)[0])
+        return cell(rows, share, case="utilization", list="chat", capacity=8192, method=method)
 
-    most = max(row["samples"] for row in select(rows, case="plan", list="chat", capacity=8192, packer=OURS))
+    most = max(names(select(rows, case="plan", list="chat", packer=OURS), "samples"))
     clustered = {"case": "plan", "list": "clustered", "capacity": 16384}
     lines = [
         [
-            f"plan of {most:,} chat samples",
+            f"plan of {most:,} chat samples, 8192 tokens a pack",
             *pair(plan_of, "TRL pack_dataset", case="plan", samples=most, capacity=8192),
         ],
-        ["plan of 100,000 lengths near a quarter of the capacity", *pair(share, "TRL pack_dataset", **clustered)],
+        ["share filled, 100,000 lengths near a quarter of 16384 tokens", *pair(share, "TRL pack_dataset", **clustered)],
         [
-            "64 samples into one row",
+            "64 chat samples (NumPy) into one row",
             *pair(time_of, "transformers DataCollatorWithFlattening", case="collate", kind="numpy int32"),
         ],
         [
-            "real tokens in a batch, chat",
+            "share of real tokens, chat, 8192 tokens",
             f"{shared('packed, 256 samples waiting')} (256 samples waiting)",
             f"{shared('padded to the longest of 64')} (64 samples padded to the longest)",
         ],
     ]
-    return table(["capacity 8192 tokens unless said otherwise", "nova_kernels", "elsewhere"], lines)
+    return table(["", "nova_kernels", "elsewhere"], lines)
 
 
 BLOCKS: dict[str, Callable[[Record], str]] = {
