@@ -192,19 +192,37 @@ bool is_contiguous(const py::array& array) {
   return (array.flags() & wanted) == wanted;
 }
 
-// A list of Python integers as an array; nothing if there is anything else in it.
-std::optional<py::array> read_list(PyObject* list) {
+// The items of a list, each by `read`, which says whether it could.
+template <class T, class Read>
+std::optional<py::array> read_items(PyObject* list, Read read) {
   const Py_ssize_t size = PyList_GET_SIZE(list);
-  Int64s values(size);
-  std::int64_t* out = values.mutable_data();
-  for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* item = PyList_GET_ITEM(list, i);
-    if (!PyLong_CheckExact(item)) return std::nullopt;
-    int overflow = 0;
-    out[i] = PyLong_AsLongLongAndOverflow(item, &overflow);
-    if (overflow != 0) return std::nullopt;
-  }
+  py::array_t<T> values(size);
+  T* out = values.mutable_data();
+  for (Py_ssize_t i = 0; i < size; ++i)
+    if (!read(PyList_GET_ITEM(list, i), out[i])) return std::nullopt;
   return values;
+}
+
+// A list of integers, of floats or of truth values as an array; nothing if they are mixed, or there is anything else.
+std::optional<py::array> read_list(PyObject* list) {
+  PyObject* first = PyList_GET_SIZE(list) > 0 ? PyList_GET_ITEM(list, 0) : nullptr;
+  if (first != nullptr && PyBool_Check(first))
+    return read_items<bool>(list, [](PyObject* item, bool& out) {
+      out = item == Py_True;
+      return PyBool_Check(item);
+    });
+  if (first != nullptr && PyFloat_CheckExact(first))
+    return read_items<double>(list, [](PyObject* item, double& out) {
+      if (!PyFloat_CheckExact(item)) return false;
+      out = PyFloat_AS_DOUBLE(item);
+      return true;
+    });
+  return read_items<std::int64_t>(list, [](PyObject* item, std::int64_t& out) {
+    if (!PyLong_CheckExact(item)) return false;
+    int overflow = 0;
+    out = PyLong_AsLongLongAndOverflow(item, &overflow);
+    return overflow == 0;
+  });
 }
 
 // What is needed of libraries that are not known here: torch.Tensor, torch.Tensor.numpy, numpy.asarray.
@@ -212,7 +230,7 @@ struct Readers {
   py::object tensor, to_numpy, asarray;
 };
 
-// An array, a list of integers, a tensor, or what np.asarray reads through __array__.
+// An array, a list of numbers, a tensor, or what np.asarray reads through __array__.
 std::optional<py::array> read_array(PyObject* value, const Readers& readers) {
   if (PyList_CheckExact(value)) return read_list(value);
   auto array = py::reinterpret_borrow<py::object>(value);

@@ -140,6 +140,16 @@ def test_types_that_numpy_lacks_are_not_mistaken_for_their_bits(name: str) -> No
     assert pack_samples(samples, index=[1], backend=name).extra["x"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_lists_of_numbers_are_what_numpy_makes_of_them(name: str) -> None:
+    for values in ([True, False, True], [1, 2, 3], [0.5, 1.0, 2.0], [1, 0.5, True], [2**62, -5, 0], [True, 2, 0.5]):
+        row = pack_samples([{"input_ids": [1, 2, 3], "x": values}], backend=name).extra["x"]
+        expected = torch.from_numpy(np.asarray(values))
+        assert row.dtype == expected.dtype and torch.equal(row[0], expected)
+    with pytest.raises(ValueError, match=r"expected integer input_ids, got bool"):
+        pack_samples([{"input_ids": [True, False]}], backend=name)
+
+
 def test_fields_of_mixed_types_take_the_wider_one() -> None:
     samples = [{"input_ids": [1], "x": np.array([1], np.int32)}, {"input_ids": [2], "x": np.array([0.5], np.float32)}]
     assert pack_samples(samples).extra["x"].tolist() == [[1.0, 0.5]]
