@@ -12,7 +12,7 @@ import os
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 sources, headers = ["csrc/bindings.cpp", *sorted(glob("csrc/packing/*.cpp"))], sorted(glob("csrc/packing/*.h"))
@@ -26,8 +26,22 @@ native = Pybind11Extension(
     extra_compile_args=["-O3"],
     cxx_std=17,
 )
-wanted = os.environ.get("NOVA_KERNELS_NATIVE", "auto")
+
+
+class BuildNative(build_ext):
+    """Leaves no older extension behind where a new one could not be built."""
+
+    def build_extension(self, ext):
+        try:
+            super().build_extension(ext)
+        except BaseException:
+            for built in Path("nova_kernels").glob("_native*.so"):
+                built.unlink()
+            raise
+
+
+wanted = os.environ.get("NOVA_KERNELS_NATIVE") or "auto"
 if wanted not in ("auto", "0", "1"):
     raise SystemExit(f"setup.py: NOVA_KERNELS_NATIVE must be auto, 0 or 1, got {wanted!r}")
 native.optional = wanted == "auto"
-setup(ext_modules=[] if wanted == "0" else [native])
+setup(ext_modules=[] if wanted == "0" else [native], cmdclass={"build_ext": BuildNative})

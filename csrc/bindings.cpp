@@ -239,8 +239,9 @@ std::optional<py::array> read_array(PyObject* value, const Readers& readers) {
     if (!is_tensor && !py::hasattr(array, "__array__")) return std::nullopt;
     try {
       array = is_tensor ? readers.to_numpy(array) : readers.asarray(array);
-    } catch (const py::error_already_set&) {
-      return std::nullopt;  // a tensor on another device, or of a type that NumPy lacks
+    } catch (const py::error_already_set& error) {
+      if (!error.matches(PyExc_Exception)) throw;  // the user wants to stop
+      return std::nullopt;                         // a tensor on another device, or of a type that NumPy lacks
     }
   }
   return py::reinterpret_borrow<py::array>(array);
@@ -254,16 +255,17 @@ std::optional<std::vector<py::list>> read_rows(const py::list& samples, const py
   std::vector<py::list> columns;
   for (std::size_t field = 0; field < names.size(); ++field) columns.emplace_back(samples.size());
   for (std::size_t sample = 0; sample < samples.size(); ++sample) {
-    PyObject* fields = samples[sample].ptr();
-    if (!PyDict_CheckExact(fields) || PyDict_GET_SIZE(fields) != static_cast<Py_ssize_t>(names.size()))
+    const py::object fields = samples[sample];
+    if (!PyDict_CheckExact(fields.ptr()) || PyDict_GET_SIZE(fields.ptr()) != static_cast<Py_ssize_t>(names.size()))
       return std::nullopt;
     for (std::size_t field = 0; field < names.size(); ++field) {
-      PyObject* value = PyDict_GetItemWithError(fields, PyList_GET_ITEM(names.ptr(), field));
-      if (value == nullptr) {
+      const auto value = py::reinterpret_borrow<py::object>(
+          PyDict_GetItemWithError(fields.ptr(), PyList_GET_ITEM(names.ptr(), field)));
+      if (!value) {
         if (PyErr_Occurred()) throw py::error_already_set();
         return std::nullopt;
       }
-      std::optional<py::array> array = read_array(value, readers);
+      std::optional<py::array> array = read_array(value.ptr(), readers);
       if (!array) return std::nullopt;
       columns[field][sample] = std::move(*array);
     }
@@ -287,7 +289,11 @@ bool are_regular(const std::vector<py::list>& columns, std::size_t token_columns
         if (array.ndim() != 1 || !token_type(array.dtype())) return false;
         continue;
       }
-      if (sample == 0) first = array;
+      if (sample == 0) {
+        first = array;
+        const bool is_number = std::string("iufcb").find(array.dtype().kind()) != std::string::npos;
+        if (!is_number || array.dtype().byteorder() == '>' || array.dtype().byteorder() == '<') return false;
+      }
       if (array.ndim() != first.ndim() || !array.dtype().equal(first.dtype())) return false;
       if (!std::equal(array.shape() + 1, array.shape() + array.ndim(), first.shape() + 1)) return false;
     }

@@ -227,8 +227,22 @@ def test_a_pass_that_was_left_early_starts_again() -> None:
 def test_a_state_at_the_end_of_an_epoch_goes_on_with_the_next() -> None:
     sampler, resumed = PackSampler([3] * 10, 3), PackSampler([3] * 10, 3)
     list(sampler)
-    resumed.load_state_dict(sampler.state_dict())
+    state = sampler.state_dict()
+    assert state == sampler.state_dict(batches=10) and (state["epoch"], state["packs"]) == (1, 0)
+    resumed.load_state_dict(state)
+    resumed.set_epoch(state["epoch"])
     assert resumed.epoch == 1 and list(resumed) == list(sampler)
+
+
+def test_a_loop_that_counts_the_batches_itself_reaches_the_next_epoch() -> None:
+    sampler, whole = PackSampler([3] * 10, 3), PackSampler([3] * 10, 3)
+    for _ in range(3):
+        assert [batch for _, batch in zip(range(len(sampler)), sampler, strict=False)] == list(whole)
+
+
+def test_negative_epochs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"epoch must be at least 0, got -1"):
+        PackSampler([3], 3).set_epoch(-1)
 
 
 def test_one_batch_holds_as_many_packs_as_asked_for() -> None:

@@ -128,6 +128,20 @@ def test_bytes_in_another_order_or_place_are_read_all_the_same(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_further_fields_are_numbers_of_this_machine(name: str) -> None:
+    swapped = np.array([0.5, 1.5], ">f4")
+    for samples in ([{"input_ids": [1, 2], "w": swapped}], {"input_ids": [[1, 2]], "w": Ragged(swapped, [0, 2])}):
+        row = pack_samples(samples, backend=name).extra["w"]
+        assert row.dtype == torch.float32 and row.tolist() == [[0.5, 1.5]]
+    dates = np.array(["2020-01-01", "2020-01-02"], "datetime64[D]")
+    for samples in ([{"input_ids": [1, 2], "w": dates}], {"input_ids": [[1, 2]], "w": Ragged(dates, [0, 2])}):
+        with pytest.raises(ValueError, match=r"expected numbers in w, got datetime64"):
+            pack_samples(samples, backend=name)
+    arrow = {"input_ids": pa.array([[1, 2]]), "w": pa.array([[0.5, 1.5]])}  # read-only memory
+    assert pack_samples(arrow, backend=name).extra["w"].tolist() == [[0.5, 1.5]]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_types_that_numpy_lacks_are_not_mistaken_for_their_bits(name: str) -> None:
     low = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
     samples = [{"input_ids": [1, 2], "x": torch.ones(2)}, {"input_ids": [1, 2], "x": low}]
@@ -263,8 +277,12 @@ def test_sample_numbers_are_checked() -> None:
     for wrong in ([True, False], [0.9], [[0]]):
         with pytest.raises(ValueError, match=r"expected sample numbers \[N\], got"):
             pack_samples({"input_ids": ids}, index=wrong)  # type: ignore[arg-type]
-    with pytest.raises(IndexError, match=r"index goes from -1 to 0, input_ids has 2"):
+    with pytest.raises(IndexError, match=r"-1 is not one of the 2 samples"):
         pack_samples({"input_ids": [[1], [2]]}, index=[0, -1])
+    with pytest.raises(IndexError, match=r"-1 is not one of the 2 samples"):
+        pack_samples([{"input_ids": [1]}, {"input_ids": [2]}], index=[-1])
+    with pytest.raises(IndexError, match=r"2 is not one of the 2 samples"):
+        PackCollator(fields={"input_ids": [[1], [2]]})([2])
     assert pack_samples({"input_ids": ids, "x": ids}, index=[]).num_tokens == 0
     for number in (2, -1):
         with pytest.raises(IndexError, match=rf"{number} is not one of the 2 samples"):

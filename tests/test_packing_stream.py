@@ -129,6 +129,59 @@ def test_another_packers_state_is_refused() -> None:
         StreamingPacker(10, 3).close()
 
 
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_damaged_state_changes_nothing(name: str) -> None:
+    packer = StreamingPacker(10, 3, backend=name)
+    packer.push(4)
+    before = packer.state_dict()
+    for damage in (
+        {"lengths": [0]},
+        {"lengths": [11]},
+        {"lengths": [1, 2]},
+        {"waiting": [0, 1, 2], "lengths": [1, 1, 1]},
+        {"waiting": [[0]], "lengths": [[4]]},
+    ):
+        with pytest.raises(ValueError, match=r"StreamingPacker: a state with"):
+            packer.load_state_dict(before | damage)
+        assert packer.state_dict() == before
+
+
+class Sticky(list):
+    """A source that begins every pass where the state it was last given says, as Hugging Face's datasets do."""
+
+    first = read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in range(self.first, len(self)):
+            self.read = number + 1
+            yield self[number]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"read": self.read}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.first = self.read = state["read"]
+
+
+def test_a_resumed_stream_is_whole_in_its_next_pass() -> None:
+    lengths = [5, 6, 7, 2, 9, 3]
+    for stop in range(4):
+        stream, resumed = (PackStream(Sticky(Source(lengths)), 12, 2) for _ in range(2))
+        batches = iter(stream)
+        seen = [next(batches).input_ids.tolist() for _ in range(stop)]
+        resumed.load_state_dict(stream.state_dict())
+        rest = [batch.input_ids.tolist() for batch in resumed]
+        whole = [batch.input_ids.tolist() for batch in resumed]
+        assert seen + rest == whole == [b.input_ids.tolist() for b in PackStream(list(Source(lengths)), 12, 2)]
+
+
+def test_a_state_loaded_outside_of_the_worker_is_refused() -> None:
+    stream = PackStream(list(Source([5, 6, 7])), 12, 2, collate=PackCollator())
+    stream.load_state_dict(stream.state_dict())
+    with pytest.raises(ValueError, match=r"loaded in another process than the one that reads; use num_workers=0"):
+        list(DataLoader(stream, batch_size=None, num_workers=1))
+
+
 class Source:
     """Samples that remember where they are, like the iterable sets of Hugging Face's datasets."""
 

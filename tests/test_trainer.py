@@ -109,10 +109,13 @@ def test_masks_and_options_reach_the_batches(tmp_path: Path) -> None:
         tiny_model(),
         TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], dataloader_num_workers=1, **options),
         train_dataset=masked,
+        eval_dataset=masked,
         data_collator=PackCollator(),
         pack_capacity=64,
         pack_options={"overlong": "drop", "window": 2},
     )
+    for row in trainer.get_eval_dataloader():
+        assert (row["labels"] != -100).sum() == row["cu_seq_lens_q"].numel() - 1
     loader = trainer.get_train_dataloader()
     rows = list(loader)
     assert all((row["labels"] != -100).sum() == row["cu_seq_lens_q"].numel() - 1 for row in rows)
@@ -131,9 +134,17 @@ def test_options_that_the_trainer_cannot_serve_are_refused(options: dict[str, st
         PackedTrainer(tiny_model(), pack_capacity=64, pack_options=options)
 
 
+def test_a_stream_cannot_be_planned() -> None:
+    with pytest.raises(ValueError, match=r"generator has no length; stream it with PackStream instead"):
+        token_lengths(sample for sample in samples())
+
+
 def test_lengths_are_read_from_an_arrow_table() -> None:
     datasets = pytest.importorskip("datasets")
-    chosen = datasets.Dataset.from_list([{"input_ids": [1] * n} for n in (3, 1, 2)]).select([2, 0])
+    rows = datasets.Dataset.from_list([{"input_ids": [1] * n, "text": "x"} for n in (3, 1, 2)])
+    chosen = rows.select([2, 0])
+    fixed = datasets.Features({"input_ids": datasets.List(datasets.Value("int64"), length=2)})
+    assert token_lengths(datasets.Dataset.from_list([{"input_ids": [1, 2]}] * 3, features=fixed)).tolist() == [2, 2, 2]
     assert (
         token_lengths(chosen).tolist()
         == [2, 3]

@@ -11,8 +11,7 @@ that the collator gives, `use_varlen_attention` works everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -59,19 +58,22 @@ class PackedTraining:
             rank=args.process_index,
             **options,
         )
-        collate = trainer.data_collator
-        if args.remove_unused_columns:
-            known = {*signature(trainer.model.forward).parameters, "input_ids", "labels"}
-            collate = _KnownFields(collate, known | set(getattr(collate, "masks", ())))
         return _EpochDataLoader(
             trainer.train_dataset,
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator, description="training"),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Fields that the collator turns into labels are not for the model, but must reach the collator."""
+        trainer: Any = self
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        masks = getattr(trainer.data_collator, "masks", ())
+        trainer._signature_columns += [name for name in masks if name not in trainer._signature_columns]
 
 
 class _EpochDataLoader(DataLoader):
@@ -81,19 +83,16 @@ class _EpochDataLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
-class _KnownFields:
-    """A collator that sees only the fields that somebody knows."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], known: set[str]) -> None:
-        self._collate, self._known = collate, known
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> Any:
-        return self._collate([{name: sample[name] for name in sample if name in self._known} for sample in samples])
-
-
 def token_lengths(dataset: Any) -> np.ndarray:
-    """Tokens of every sample, int64 [N]: from the Arrow table where the data set has one, else by reading them all."""
-    if hasattr(dataset, "with_format"):
-        chunks = dataset.with_format("arrow")[:]["input_ids"].chunks
-        return np.concatenate([np.empty(0, np.int64), *(Ragged.from_arrow(chunk).lengths for chunk in chunks)])
+    """Tokens of every sample, int64 [N]: from the Arrow table where the data set has one, else by reading them all.
+
+    Raises:
+        ValueError: a data set without a length cannot be planned.
+    """
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(f"PackedTraining: {type(dataset).__name__} has no length; stream it with PackStream instead")
+    if hasattr(dataset, "select_columns"):
+        column = dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        if str(column.type).startswith(("list<", "large_list<")):
+            return np.concatenate([np.empty(0, np.int64), *(Ragged.from_arrow(c).lengths for c in column.chunks)])
     return np.array([len(dataset[number]["input_ids"]) for number in range(len(dataset))], dtype=np.int64)

@@ -108,7 +108,7 @@ def pack_samples(
     if isinstance(samples, Mapping):
         columns, types = read_fields(samples, index, name == "native")
     else:
-        chosen = samples if index is None else [samples[number] for number in sample_numbers(index).tolist()]
+        chosen = samples if index is None else [samples[i] for i in sample_numbers(index, len(samples)).tolist()]
         columns, types = read_samples(chosen, name == "native")
     writer = {"native": native, "reference": reference}[name]
     used = sum(map(len, columns["input_ids"]))
@@ -120,7 +120,7 @@ def pack_samples(
     longest = writer.lay_out(ids, labels, *(row.numpy()[0] for row in tokens), cu_seqlens.numpy())
     extra = {}
     for field_name, arrays in columns.items() if ids else ():
-        dtype = types.get(field_name) or torch.from_numpy(arrays[0][:0]).dtype
+        dtype = types.get(field_name) or torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
         extra[field_name] = row = rows.take(field_name, arrays[0].shape[1:], dtype)
         writer.concatenate(arrays, as_bits(row).numpy()[0])
     return PackedBatch(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nova_kernels.packing.batch import IGNORE_INDEX, pack_samples
-from nova_kernels.packing.columns import Ragged
+from nova_kernels.packing.columns import Ragged, sample_numbers
 
 
 class PackCollator:
@@ -81,7 +81,10 @@ class PackCollator:
         return {name: values[: self._max_length] for name, values in sample.items() if name not in self._drop}
 
     def _take(self, field: Any, numbers: Sequence[int]) -> list[Any]:
-        arrays = field.take(numbers) if isinstance(field, Ragged) else [field[number] for number in numbers]
+        if isinstance(field, Ragged):
+            arrays: list[Any] = list(field.take(numbers))
+        else:
+            arrays = [field[number] for number in sample_numbers(numbers, len(field)).tolist()]
         return arrays if self._max_length is None else [array[: self._max_length] for array in arrays]
 
 

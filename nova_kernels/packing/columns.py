@@ -81,23 +81,24 @@ class Ragged:
         Raises:
             IndexError: a number that is no sample; negative ones do not count from the end.
         """
-        numbers = sample_numbers(samples)
-        if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
-            wrong = numbers.min() if numbers.min() < 0 else numbers.max()
-            raise IndexError(f"Ragged: {wrong} is not one of the {len(self)} samples")
+        numbers = sample_numbers(samples, len(self))
         bounds = zip(self.offsets[numbers].tolist(), self.offsets[numbers + 1].tolist(), strict=True)
         return [self.values[start:end] for start, end in bounds]
 
 
-def sample_numbers(index: Sequence[int] | np.ndarray) -> np.ndarray:
-    """int64 [N]
+def sample_numbers(index: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """int64 [N], each one of `count` samples.
 
     Raises:
         ValueError: not integers; a mask is no list of numbers.
+        IndexError: a number that is no sample; negative ones do not count from the end.
     """
     numbers = np.asarray(index)
     if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
         raise ValueError(f"pack_samples: expected sample numbers [N], got {numbers.dtype} {list(numbers.shape)}")
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < count:
+        wrong = numbers.min() if numbers.min() < 0 else numbers.max()
+        raise IndexError(f"pack_samples: {wrong} is not one of the {count} samples")
     return numbers.astype(np.int64, copy=False)
 
 
@@ -133,11 +134,7 @@ def read_fields(
             )
         if not isinstance(field, Ragged | list | tuple):
             field = Ragged.from_arrow(field)
-        numbers = np.arange(len(field)) if index is None else sample_numbers(index)
-        if not isinstance(field, Ragged) and numbers.size and not 0 <= numbers.min() <= numbers.max() < len(field):
-            raise IndexError(
-                f"pack_samples: index goes from {numbers.min()} to {numbers.max()}, {name} has {len(field)}"
-            )
+        numbers = np.arange(len(field)) if index is None else sample_numbers(index, len(field))
         columns[name] = field.take(numbers) if isinstance(field, Ragged) else [field[i] for i in numbers.tolist()]
     if len({len(arrays) for arrays in columns.values()}) > 1:
         counts = {name: len(arrays) for name, arrays in columns.items()}
@@ -207,6 +204,8 @@ def _checked(columns: Columns, use_native: bool) -> Columns:
                 raise ValueError(
                     f"{where} expected {name} [{lengths[number]}] as long as input_ids, got [{len(array)}]"
                 )
+            if array.dtype.kind not in "iufcb":
+                raise ValueError(f"{where} expected numbers in {name}, got {array.dtype}")
             if is_tokens and array.size and (array.dtype.kind not in "iu" or array.dtype == np.uint64):
                 raise ValueError(f"{where} expected integer {name}, got {array.dtype}")
             if array.shape[1:] != arrays[0].shape[1:]:
@@ -216,6 +215,8 @@ def _checked(columns: Columns, use_native: bool) -> Columns:
     if 0 in lengths:
         raise ValueError(f"pack_samples: sample {lengths.index(0)} has no tokens; leave empty samples out")
     return {
-        name: [np.require(array, np.result_type(*arrays), ["C", "A"]) for array in arrays] if arrays else []
+        name: [np.require(array, np.result_type(*arrays).newbyteorder("="), ["C", "A"]) for array in arrays]
+        if arrays
+        else []
         for name, arrays in columns.items()
     }

@@ -114,8 +114,13 @@ class PackSampler(Sampler[list[int]]):
         return self._packs(*self._plan(epoch))
 
     def set_epoch(self, epoch: int) -> None:
-        """Start this epoch with the next pass; a position that was loaded in it is kept."""
-        if epoch != self._epoch or self._exhausted:
+        """Start this epoch with the next pass; a position that was loaded in it is kept.
+
+        A loader that sets the epoch itself (accelerate's counts from 0) has to be told `sampler.epoch` after a resume.
+        """
+        if epoch < 0:
+            raise ValueError(f"PackSampler: epoch must be at least 0, got {epoch}")
+        if epoch != self._epoch or self._finished:
             self._epoch, self._start, self._done, self._exhausted = epoch, 0, 0, False
 
     def __len__(self) -> int:
@@ -126,9 +131,10 @@ class PackSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         """A pass over the current epoch: all of it, or what is left of it after `load_state_dict`.
 
-        A pass that was left early starts again; after a whole one the next epoch is current.
+        A pass that was left early starts again; after a whole one the next epoch is current. Behind a DataLoader with
+        workers a pass is whole as soon as they have fetched all of it; `set_epoch` decides where that matters.
         """
-        if self._exhausted:
+        if self._finished:
             self.set_epoch(self._epoch + 1)
         start, self._start = self._start, 0
         self._done = start
@@ -142,14 +148,16 @@ class PackSampler(Sampler[list[int]]):
             batches: batches of this epoch that are done with. None = those handed out so far, which may be more than
                 the training loop has seen if a DataLoader fetches ahead in workers.
         """
-        done = self._done if batches is None else batches
-        return {"epoch": self._epoch, "packs": done * self._per_batch * self._num_ranks, "identity": self._identity}
+        epoch, done = self._epoch, self._done if batches is None else batches
+        if done >= len(self) or (batches is None and self._exhausted):
+            epoch, done = epoch + 1, 0
+        return {"epoch": epoch, "packs": done * self._per_batch * self._num_ranks, "identity": self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken, on any rank, and on another number of ranks after a whole step.
+        """Continue where `state` was taken, on any rank, and on another number of ranks after a whole step at least.
 
         Raises:
-            ValueError: it was taken over other lengths or options, or inside a step of another number of ranks.
+            ValueError: it was taken over other lengths or options, or where no batch of this number of ranks begins.
         """
         if state["identity"] != self._identity:
             raise ValueError(
@@ -163,8 +171,10 @@ class PackSampler(Sampler[list[int]]):
                 f"ranks x {self._per_batch} packs; resume on the old number of ranks, or save after a whole step"
             )
         self._epoch, self._start, self._done, self._exhausted = int(state["epoch"]), done, done, False
-        if done >= len(self):
-            self._epoch, self._start, self._done = self._epoch + 1, 0, 0
+
+    @property
+    def _finished(self) -> bool:
+        return self._exhausted or 0 < len(self) <= self._done
 
     def _plan(self, epoch: int) -> tuple[RankPlan, np.ndarray]:
         """The plan of an epoch over its entries, and the sample number of every entry."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import Any, get_args
 
@@ -113,7 +115,7 @@ class StreamingPacker:
         """Continue where `state` was taken; the packs that follow are the same.
 
         Raises:
-            ValueError: it was taken from another capacity or window.
+            ValueError: it was taken from another capacity or window, or is damaged; the packer is as it was before.
         """
         if (state["capacity"], state["window"]) != (self.capacity, self.window):
             raise ValueError(
@@ -121,6 +123,12 @@ class StreamingPacker:
                 f"packer has {self.capacity} and {self.window}"
             )
         numbers, lengths = (np.array(state[name], dtype=np.int64) for name in ("waiting", "lengths"))
+        if numbers.ndim != 1 or numbers.shape != lengths.shape or numbers.size >= self.window:
+            raise ValueError(
+                f"StreamingPacker: a state with {numbers.shape} samples and {lengths.shape} lengths waiting"
+            )
+        if lengths.size and not 1 <= lengths.min() <= lengths.max() <= self.capacity:
+            raise ValueError(f"StreamingPacker: a state with lengths {lengths.min()} ... {lengths.max()}")
         self._stream.restore(numbers, lengths, int(state["pushed"]))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -163,11 +171,15 @@ class PackStream(IterableDataset):
         super().__init__()
         if overlong not in get_args(Overlong):
             raise ValueError(f"PackStream: overlong must be one of {list(get_args(Overlong))}, got {overlong!r}")
-        self._source, self._overlong, self._collate = source, overlong, collate
+        self._source: Any = source
+        self._overlong, self._collate = overlong, collate
+        state_dict = getattr(source, "state_dict", None)
+        self._source_start = None if state_dict is None else deepcopy(state_dict())
         self._packer = StreamingPacker(capacity, window)
         self._waiting: dict[int, Mapping[str, Any]] = {}
         self._counts = dict.fromkeys(COUNTS, 0)
-        self._resumed = self._exhausted = False
+        self._exhausted = False
+        self._loaded_by: int | None = None  # the process that loaded the state of the next pass
 
     @property
     def counts(self) -> dict[str, int]:
@@ -183,11 +195,18 @@ class PackStream(IterableDataset):
                 f"PackStream: {workers.num_workers} workers would each read the whole source; use one worker, or a "
                 "source with state_dict and load_state_dict that splits itself"
             )
-        if not self._resumed:
+        if self._loaded_by not in (None, os.getpid()):
+            raise ValueError(
+                "PackStream: the state was loaded in another process than the one that reads; use num_workers=0, or a "
+                "loader that loads it in its workers, as torchdata's StatefulDataLoader does"
+            )
+        if self._loaded_by is None:
+            if keeps_state:  # a state that was loaded into the source may hold for all of its passes
+                self._source.load_state_dict(deepcopy(self._source_start))
             self._packer, self._waiting = StreamingPacker(self._packer.capacity, self._packer.window), {}
             self._counts = dict.fromkeys(COUNTS, 0)
             self._exhausted = False
-        self._resumed = False
+        self._loaded_by = None
         rest = islice(self._source, 0 if keeps_state else self._counts["read"], None)
         for sample in () if self._exhausted else rest:
             self._counts["read"] += 1
@@ -227,7 +246,7 @@ class PackStream(IterableDataset):
         self._exhausted = state["exhausted"]
         if hasattr(self._source, "load_state_dict"):
             self._source.load_state_dict(state["source"])
-        self._resumed = True
+        self._loaded_by = os.getpid()
 
     def _batch(self, pack: np.ndarray) -> Any:
         return self._collate([self._waiting.pop(number) for number in pack.tolist()])
