@@ -58,7 +58,8 @@ class PackSampler(Sampler[list[int]]):
                 next epoch, with the samples of that epoch.
 
         Raises:
-            ValueError: rank or packs_per_step do not fit; see `plan_packs` and `balance_ranks`.
+            ValueError: rank or packs_per_step do not fit; all packs together do not fill a step, and remainder="drop"
+                or "carry" would leave nothing; see also `plan_packs` and `balance_ranks`.
         """
         if not 0 <= rank < num_ranks:
             raise ValueError(f"PackSampler: rank must be 0 ... {num_ranks - 1}, got {rank}")
@@ -83,7 +84,6 @@ class PackSampler(Sampler[list[int]]):
         }
         self._carried = (0, np.empty(0, dtype=np.int64))  # (epoch, samples that come to it from the one before)
         self._epoch = self._start = self._done = 0  # of the next pass, or of the one under way
-        self._exhausted = False
         self._planned = (0, *self._plan(0))
         if self._planned[1].plan.num_packs and not len(self):
             raise ValueError(
@@ -121,7 +121,7 @@ class PackSampler(Sampler[list[int]]):
         if epoch < 0:
             raise ValueError(f"PackSampler: epoch must be at least 0, got {epoch}")
         if epoch != self._epoch or self._finished:
-            self._epoch, self._start, self._done, self._exhausted = epoch, 0, 0, False
+            self._epoch, self._start, self._done = epoch, 0, 0
 
     def __len__(self) -> int:
         """Batches of this rank in the current epoch, those already taken included."""
@@ -149,7 +149,7 @@ class PackSampler(Sampler[list[int]]):
                 the training loop has seen if a DataLoader fetches ahead in workers.
         """
         epoch, done = self._epoch, self._done if batches is None else batches
-        if done >= len(self) or (batches is None and self._exhausted):
+        if done >= len(self):
             epoch, done = epoch + 1, 0
         return {"epoch": epoch, "packs": done * self._per_batch * self._num_ranks, "identity": self._identity}
 
@@ -170,11 +170,11 @@ class PackSampler(Sampler[list[int]]):
                 f"PackSampler: the state was saved after {state['packs']} packs, inside a batch of {self._num_ranks} "
                 f"ranks x {self._per_batch} packs; resume on the old number of ranks, or save after a whole step"
             )
-        self._epoch, self._start, self._done, self._exhausted = int(state["epoch"]), done, done, False
+        self._epoch, self._start, self._done = int(state["epoch"]), done, done
 
     @property
     def _finished(self) -> bool:
-        return self._exhausted or 0 < len(self) <= self._done
+        return 0 < len(self) <= self._done
 
     def _plan(self, epoch: int) -> tuple[RankPlan, np.ndarray]:
         """The plan of an epoch over its entries, and the sample number of every entry."""
@@ -202,4 +202,3 @@ class PackSampler(Sampler[list[int]]):
         for number in range(start, len(packs) // self._per_batch):
             self._done = number + 1
             yield np.concatenate(packs[number * self._per_batch :][: self._per_batch]).tolist()
-        self._exhausted = True
