@@ -9,6 +9,7 @@ Every op lists its candidates, fastest first, each with the reason it cannot run
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -84,6 +85,19 @@ def native_extension() -> ModuleType:
     if isinstance(native, str):
         raise BackendUnavailableError(native)
     return native
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of this device; None if they can.
+
+    On the CPU they run interpreted, for tests: TRITON_INTERPRET=1 has to be set before Triton is imported, and an op
+    lists them last there.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"Triton kernels run on CUDA, the tensors are on {device.type}"
 
 
 def _from_environment(op: str, reasons: Mapping[str, str | None]) -> str | None:

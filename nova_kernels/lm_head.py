@@ -42,6 +42,18 @@ def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a b [n, m] of matrices, added up and returned in float32 (float64 if one of them is), without autocast.
+
+    Where CUDA multiplies 16-bit matrices into float32 they are not copied.
+    """
+    if a.is_cuda and a.dtype == b.dtype and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, torch.float32) if out is None else torch.mm(a, b, torch.float32, out=out)
+    dtype = arithmetic_dtype(a, b)
+    with without_autocast(a.device):
+        return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside it, matrix products stay in the dtype they are given."""
     if torch.is_autocast_enabled(device.type):

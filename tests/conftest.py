@@ -8,6 +8,7 @@ and inherited by the processes that tests start:
     HF_HUB_OFFLINE, WANDB_MODE         1, offline no test touches the network
     MPLBACKEND                         Agg        plots without a display
     NOVA_KERNELS_BACKEND               (removed)  tests see each op's own choice of backend
+    TRITON_INTERPRET                   1          without a GPU, Triton kernels run interpreted (set before triton is)
 
 Read by tests, never set here: NOVA_DATA, a folder with the real data sets; tests of them are skipped without it.
 """
@@ -36,6 +37,8 @@ import torch
 
 torch.set_num_threads(1)
 torch.set_num_interop_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 hypothesis.settings.register_profile("nova", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("nova")
