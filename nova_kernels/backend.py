@@ -8,6 +8,7 @@ Every op lists its candidates, fastest first, each with the reason it cannot run
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import logging
@@ -87,6 +88,38 @@ def native_extension() -> ModuleType:
     return native
 
 
+@lru_cache(maxsize=1)
+def _cuda() -> ctypes.CDLL | str:
+    """The CUDA library, or why it cannot be loaded."""
+    found = importlib.util.find_spec("nova_kernels._cuda")
+    if found is None or found.origin is None:
+        return "the CUDA library was not built; reinstall with NOVA_KERNELS_CUDA=1 where nvcc is installed"
+    try:
+        return ctypes.CDLL(found.origin)
+    except OSError as failure:
+        return f"the CUDA library cannot be loaded ({failure}); reinstall with NOVA_KERNELS_CUDA=1"
+
+
+def why_not_cuda(device: torch.device) -> str | None:
+    """Why the CUDA library cannot run on tensors of this device; None if it is there and they are on a GPU."""
+    if device.type != "cuda":
+        return f"CUDA kernels run on CUDA, the tensors are on {device.type}"
+    library = _cuda()
+    return library if isinstance(library, str) else None
+
+
+def cuda_library() -> ctypes.CDLL:
+    """nova_kernels._cuda, the kernels of csrc/cuda/; csrc/cuda/topk_select.h has its functions.
+
+    Raises:
+        BackendUnavailableError: it was not built.
+    """
+    library = _cuda()
+    if isinstance(library, str):
+        raise BackendUnavailableError(library)
+    return library
+
+
 def why_not_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of this device; None if they can.
 
@@ -98,6 +131,16 @@ def why_not_triton(device: torch.device) -> str | None:
     if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         return None
     return f"Triton kernels run on CUDA, the tensors are on {device.type}"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether a step inside an op takes its Triton kernel: wherever one can run, but not interpreted."""
+    return device.type == "cuda" and why_not_triton(device) is None
+
+
+def asked_for(requested: str | None, name: str) -> bool:
+    """Whether a backend of this name was asked for, by argument or environment."""
+    return (requested or os.environ.get(ENVIRONMENT_VARIABLE)) == name
 
 
 def _from_environment(op: str, reasons: Mapping[str, str | None]) -> str | None:
