@@ -2,7 +2,8 @@
 # make quickstart      the environment, then the whole pipeline on the embedded world: a few minutes on two CPU cores
 # make test            format, lint, types, tests
 # make lint            format, lint, types
-# make sanitize        the C++ core on random inputs under the address and undefined-behaviour sanitizers; FUZZ_SECONDS=60
+# make sanitize        the C++ core, and the CUDA kernels on the CPU, on random inputs under the address and
+#                      undefined-behaviour sanitizers; FUZZ_SECONDS=60
 # make docs-check      links, commands, recipes and examples of the documentation
 # make clean           remove the environment, builds and caches; runs are kept
 #
@@ -23,16 +24,18 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 TRITON := $(shell grep '^triton==' constraints.txt)
 
 NATIVE := csrc/bindings.cpp $(wildcard csrc/packing/*)
+CUDA := $(wildcard csrc/cuda/*)
 
 .PHONY: env quickstart test lint sanitize docs-check clean
 
 env: .venv/installed
 
-# With a compiler at hand, C++ that does not compile is an error and not a slower installation.
+# With a compiler at hand, C++ that does not compile is an error and not a slower installation. CUDA is compiled where
+# nvcc is there and can; the tests compile it again and say why it cannot.
 export NOVA_KERNELS_NATIVE ?= $(if $(shell command -v $(CXX)),1,auto)
 
 # The environment is made only where there is none; a changed pin or C++ source is installed into the existing one.
-.venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE)
+.venv/installed: pyproject.toml setup.py constraints.txt $(NATIVE) $(CUDA)
 	@test -x $(BIN)/pip || test -n "$(PYTHON)" || \
 		{ echo "make: no Python 3.11 or newer found; pass PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
@@ -54,15 +57,24 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Where there is no compiler, nothing was compiled and the plain Python runs.
+# Where there is no compiler, nothing was compiled and the plain Python runs. The CUDA kernels run on the CPU here.
 sanitize:
-	@if command -v $(CXX) > /dev/null; then $(MAKE) --no-print-directory build/packing_test && \
-		build/packing_test $(FUZZ_SECONDS); else echo "make: no $(CXX); the C++ core is not checked"; fi
+	@if command -v $(CXX) > /dev/null; then \
+		$(MAKE) --no-print-directory build/packing_test build/topk_select_test && \
+		build/packing_test $(FUZZ_SECONDS) && build/topk_select_test $(FUZZ_SECONDS); \
+		else echo "make: no $(CXX); the C++ core is not checked"; fi
+
+SANITIZED := $(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all \
+	-Wall -Wextra -Werror -Icsrc
 
 build/packing_test: csrc/tests/packing_test.cpp $(NATIVE)
 	mkdir -p build
-	$(CXX) -std=c++17 -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -Wall -Wextra -Werror \
-		-Icsrc csrc/tests/packing_test.cpp csrc/packing/*.cpp -o $@
+	$(SANITIZED) csrc/tests/packing_test.cpp csrc/packing/*.cpp -o $@
+
+# Only nvcc knows `#pragma unroll`.
+build/topk_select_test: csrc/tests/topk_select_test.cpp csrc/tests/cuda_on_cpu.h $(CUDA)
+	mkdir -p build
+	$(SANITIZED) -Wno-unknown-pragmas csrc/tests/topk_select_test.cpp -o $@
 
 test: lint sanitize
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
