@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nova_kernels import lm_head
-from nova_kernels.topk_kl import linear_topk_kl_div, linear_topk_select
-from numerics import OpWatch
+from nova_kernels import BackendUnavailableError, TopK, lm_head
+from nova_kernels.topk_kl import linear_ops, linear_topk_kl_div, linear_topk_select
+from numerics import OpWatch, undecorate
 
 DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
 TAILS = pytest.mark.parametrize("tail", ["none", "bucket"])
@@ -77,20 +77,25 @@ def test_linear_kl_of_a_model_with_itself_is_zero(
     for mask in (None, MASK):
         head = {"bias": bias, "softcap": 2.0, "temperature": 0.7, "mask": mask}
         ref = linear_topk_select(hidden, weight, 8, **head)
-        kl = linear_topk_kl_div(hidden, weight, ref, direction=direction, tail=tail, **head)
+        options = {"direction": direction, "tail": tail, **head}
+        kl = linear_topk_kl_div(hidden, weight, ref, backend="dense", **options)
         assert (kl == 0).all()
         assert not any(g.any() for g in torch.autograd.grad(kl.sum(), [hidden, weight, bias]))
         with torch.no_grad():
-            assert torch.equal(kl, linear_topk_kl_div(hidden, weight, ref, direction=direction, tail=tail, **head))
+            assert torch.equal(kl, linear_topk_kl_div(hidden, weight, ref, backend="dense", **options))
+            for backend in ("union", "gather") if tail == "none" else ():  # other products: rounding, never negative
+                rounding = linear_topk_kl_div(hidden, weight, ref, backend=backend, **options)
+                assert (rounding >= 0).all() and rounding.max() < 1e-12
 
 
 @TAILS
 def test_linear_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, tail: str) -> None:
     monkeypatch.setitem(lm_head.CHUNK_ELEMENTS, "cpu", 2000)
     hidden, weight = torch.randn(300, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
+    undecorate(monkeypatch, linear_ops)
     with OpWatch() as seen:
         ref = linear_topk_select(hidden, weight, 5)
-        linear_topk_kl_div(hidden, weight, ref, tail=tail).sum().backward()
+        linear_topk_kl_div(hidden, weight, ref, tail=tail, backend="dense").sum().backward()
     assert seen.elements == 2000  # hidden has 1200 elements, [N, V] would have 30,000
 
 
@@ -137,5 +142,14 @@ def test_linear_refusals() -> None:
         linear_topk_select(hidden, weight, 8, mask=MASK[:3])
     with pytest.raises(ValueError, match=r"linear_topk_kl_div: expected a reference with rows \[4\], got \[11\]"):
         linear_topk_kl_div(hidden[:4], weight, ref)
-    with pytest.raises(ValueError, match="unknown backend 'union'"):
-        linear_topk_kl_div(hidden, weight, ref, backend="union")
+    with pytest.raises(ValueError, match="unknown backend 'onion'"):
+        linear_topk_kl_div(hidden, weight, ref, backend="onion")
+    for backend in ("union", "gather"):
+        with pytest.raises(BackendUnavailableError, match="tail='bucket' needs the logits of the whole vocabulary"):
+            linear_topk_kl_div(hidden, weight, ref, tail="bucket", backend=backend)
+    beyond = TopK(ids=ref.ids + 1, values=ref.values, lse=ref.lse)
+    for backend in ("dense", "union", "gather", "reference"):
+        with pytest.raises(
+            ValueError, match="linear_topk_kl_div: reference id 41 is beyond the policy's vocabulary of 41"
+        ):
+            linear_topk_kl_div(hidden, weight, beyond, backend=backend)

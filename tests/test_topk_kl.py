@@ -315,8 +315,10 @@ def test_refusals() -> None:
         topk_kl_div(policy, top, mask=torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match="reference id . is beyond the policy's vocabulary of 4; both models need"):
         topk_kl_div(policy[:, :4], top)
-    with pytest.raises(ValueError, match=r"unknown backend 'triton'; expected one of \['threshold', 'reference'\]"):
-        topk_select(ref, 4, backend="triton")
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'trion'; expected one of \['threshold', 'reference', 'cuda', 'triton'\]"
+    ):
+        topk_select(ref, 4, backend="trion")
 
 
 def test_lse_of_another_temperature_is_refused_where_it_matters() -> None:

@@ -11,20 +11,30 @@ Results are float32 (float64 for float64 inputs). Derivation, edge rules and lim
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from nova_kernels.backend import choose
-from nova_kernels.topk_kl import reference, threshold
-from nova_kernels.topk_kl.entries import TopK, check_divergence, check_k, check_lse_temperature, check_temperature
+from nova_kernels.backend import asked_for, choose
+from nova_kernels.lm_head import parallel, wants_gradient
+from nova_kernels.topk_kl import ops, reference
+from nova_kernels.topk_kl.cache import CacheHeader, TopKReferenceCache
+from nova_kernels.topk_kl.entries import (
+    TopK,
+    check_divergence,
+    check_ids,
+    check_logits,
+    check_options,
+    check_temperature,
+    only_reference_has_buckets,
+)
 from nova_kernels.topk_kl.linear import linear_topk_kl_div, linear_topk_select
-from nova_kernels.topk_kl.selection import select_blocks
+from nova_kernels.topk_kl.metrics import TopKMetrics, topk_kl_metrics
 
 __all__ = [
+    "CacheHeader",
     "TopK",
     "TopKMetrics",
+    "TopKReferenceCache",
     "linear_topk_kl_div",
     "linear_topk_select",
     "topk_kl_div",
@@ -34,40 +44,30 @@ __all__ = [
 ]
 
 
-class TopKMetrics(NamedTuple):
-    """Each [...], in [0, 1], without gradient."""
-
-    policy_mass: Tensor  # the policy's probability of S
-    ref_mass: Tensor  # the reference's probability of S
-    overlap: Tensor  # share of S that is in the policy's own top K
-
-
 def topk_select(
     logits: Tensor,
     k: int = 500,
     *,
     temperature: float = 1.0,
     vocab_size: int | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int = 0,
     backend: str | None = None,
 ) -> TopK:
     """The k largest logits of each row of [..., V], exact and deterministic; no gradient.
 
     Ties, and -0 with +0, go to the lowest index; NaN is the largest; -inf is never kept. Columns from `vocab_size` on
-    are not looked at. `temperature` applies to the lse alone. Backends: threshold, reference.
+    are not looked at. `temperature` applies to the lse alone. With a `group`, the columns are this rank's, from id
+    `vocab_start` on, and every rank gets the top k of all. Backends: cuda, triton, threshold, reference.
 
     Raises:
         ValueError: k < 2 or k above the vocabulary; a temperature that is not positive; logits that are not floats.
     """
     check_temperature("topk_select", temperature)
-    if logits.ndim < 1 or not logits.is_floating_point():
-        raise ValueError(f"topk_select: expected logits float [..., V], got {logits.dtype} {list(logits.shape)}")
-    if vocab_size is not None and not 0 < vocab_size <= logits.shape[-1]:
-        raise ValueError(f"topk_select: vocab_size must lie between 1 and V = {logits.shape[-1]}, got {vocab_size}")
-    logits = logits.detach()[..., :vocab_size]
-    check_k("topk_select", k, logits.shape[-1])
-    name = choose("topk_select", backend, {"threshold": None, "reference": None})
-    select = threshold.topk_select if name == "threshold" else reference.topk_select
-    return select_blocks(logits, k, temperature=temperature, select=select)
+    logits = check_logits("topk_select", logits, k, vocab_size, vocab_start, group)
+    rows = logits.reshape(-1, logits.shape[-1])
+    ids, values, lse = ops.topk_select(rows, k, temperature, parallel.name_of(group), vocab_start, backend)
+    return TopK(ids=ids, values=values, lse=lse, temperature=temperature).reshape(*logits.shape[:-1])
 
 
 def topk_kl_div(
@@ -83,16 +83,22 @@ def topk_kl_div(
     """KL [...] of policy logits [..., V] from a reference's top K [..., K]; 0 where `mask` bool [...] is False.
 
     `temperature` divides both sides. Raises ValueError where shapes, ids or options do not fit, and for tail="bucket"
-    with an lse taken at another temperature. Backend: reference.
+    with an lse taken at another temperature. Backends: triton, sparse (PyTorch), reference; tail="bucket" has a dense
+    gradient, which only reference gives.
     """
     where = "topk_kl_div"
     *shape, vocabulary = policy_logits.shape
     check_divergence(where, ref, torch.Size(shape), vocabulary, temperature, direction, tail, mask)
-    choose(where, backend, {"reference": None})
+    reasons = only_reference_has_buckets(("triton", "sparse")) if tail == "bucket" else ops.backends(policy_logits)
+    name = choose(where, backend, reasons)
     flat, kept = ref.reshape(-1), None if mask is None else mask.reshape(-1)
     logits = policy_logits.reshape(-1, vocabulary)
-    kl = reference.topk_kl_div(logits, flat.ids, flat.values, flat.lse, temperature, direction, tail, kept)
-    return kl.reshape(shape)
+    if name == "reference":
+        check_ids(where, flat.ids, vocabulary)
+        kl = reference.topk_kl_div(logits, flat.ids, flat.values, flat.lse, temperature, direction, tail, kept)
+        return kl.reshape(shape)
+    options = (temperature, direction, wants_gradient(policy_logits), name)
+    return ops.topk_kl_div(logits, flat.ids, flat.values, kept, *options)[0].reshape(shape)
 
 
 def topk_kl_div_from_logits(
@@ -106,25 +112,34 @@ def topk_kl_div_from_logits(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """topk_select of ref_logits [..., V], then topk_kl_div with the same options. Backend: reference."""
+    """topk_select of ref_logits [..., V], then topk_kl_div with the same options, in one call.
+
+    Backends: cuda, triton (both finish the KL where they select), sparse (PyTorch), reference.
+    """
+    where = "topk_kl_div_from_logits"
     if ref_logits.requires_grad:
-        raise ValueError("topk_kl_div_from_logits: ref_logits requires grad, but no gradient flows to it; detach it")
-    ref = topk_select(ref_logits, k, temperature=temperature, backend=backend)
-    return topk_kl_div(
-        policy_logits, ref, temperature=temperature, direction=direction, tail=tail, mask=mask, backend=backend
-    )
-
-
-@torch.no_grad()
-def topk_kl_metrics(policy_logits: Tensor, ref: TopK, *, temperature: float = 1.0) -> TopKMetrics:
-    """What the KL over S cannot see: the mass of S on both sides, and how many of its ids the policy ranks as high."""
-    where = "topk_kl_metrics"
-    *shape, vocabulary = policy_logits.shape
-    check_divergence(where, ref, torch.Size(shape), vocabulary, temperature, "policy_ref", "none")
-    check_lse_temperature(where, ref, temperature)
-    own, flat = topk_select(policy_logits, ref.k, temperature=temperature).reshape(-1), ref.reshape(-1)
-    kept = reference.kept_logits(policy_logits.reshape(-1, vocabulary), flat.ids)
-    policy_mass = reference.mass(kept, own.lse, temperature)
-    ref_mass = reference.mass(flat.values, flat.lse, temperature)
-    overlap = reference.overlap(own.ids, flat.ids, vocabulary).to(own.lse.dtype)
-    return TopKMetrics(policy_mass.reshape(shape), ref_mass.reshape(shape), overlap.reshape(shape))
+        raise ValueError(f"{where}: ref_logits requires grad, but no gradient flows to it; detach it")
+    check_logits(where, ref_logits, k)
+    if policy_logits.shape != ref_logits.shape:
+        raise ValueError(
+            f"{where}: expected policy and reference logits of one shape, got {list(policy_logits.shape)} and "
+            f"{list(ref_logits.shape)}; cut padded vocabularies to the smaller one"
+        )
+    check_options(where, policy_logits.shape[:-1], temperature, direction, tail, mask)
+    if tail == "bucket":
+        choose(where, backend, only_reference_has_buckets(("cuda", "triton", "sparse")))
+    if tail == "bucket" or asked_for(backend, "reference"):
+        ref = topk_select(ref_logits, k, temperature=temperature)
+        return topk_kl_div(
+            policy_logits,
+            ref,
+            temperature=temperature,
+            direction=direction,
+            tail=tail,
+            mask=mask,
+            backend="reference",
+        )
+    rows = (logits.reshape(-1, logits.shape[-1]) for logits in (policy_logits, ref_logits))
+    kept = None if mask is None else mask.reshape(-1)
+    options = (k, temperature, direction, wants_gradient(policy_logits), backend)
+    return ops.topk_kl_div_from_logits(*rows, kept, *options)[0].reshape(policy_logits.shape[:-1])

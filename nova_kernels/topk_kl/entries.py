@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,18 +93,49 @@ def check_divergence(
     mask: Tensor | None = None,
 ) -> None:
     """Refuse a reference that does not belong to policy logits of shape [*rows, vocabulary], or unknown options."""
-    check_temperature(where, temperature)
-    if direction not in ("policy_ref", "ref_policy"):
-        raise ValueError(f"{where}: direction must be 'policy_ref' or 'ref_policy', got {direction!r}")
-    if tail not in ("none", "bucket"):
-        raise ValueError(f"{where}: tail must be 'none' or 'bucket', got {tail!r}")
+    check_options(where, rows, temperature, direction, tail, mask)
     if tail == "bucket":
         check_lse_temperature(where, ref, temperature)
     if ref.lse.shape != rows:
         raise ValueError(f"{where}: expected a reference with rows {list(rows)}, got {list(ref.lse.shape)}")
     check_k(where, ref.k, vocabulary)
+
+
+def check_options(
+    where: str, rows: torch.Size, temperature: float, direction: str, tail: str, mask: Tensor | None
+) -> None:
+    """Refuse options of a divergence that there are not."""
+    check_temperature(where, temperature)
+    if direction not in ("policy_ref", "ref_policy"):
+        raise ValueError(f"{where}: direction must be 'policy_ref' or 'ref_policy', got {direction!r}")
+    if tail not in ("none", "bucket"):
+        raise ValueError(f"{where}: tail must be 'none' or 'bucket', got {tail!r}")
     check_mask(where, mask, rows)
-    check_ids(where, ref, vocabulary)
+
+
+def only_reference_has_buckets(others: tuple[str, ...]) -> dict[str, str | None]:
+    """Backends of a divergence from logits where the tail is a bucket, each with the reason it cannot run."""
+    reason = "tail='bucket' has a dense gradient, through the log-sum-exp of all of the policy's logits"
+    return {**dict.fromkeys(others, reason), "reference": None}
+
+
+def check_logits(
+    where: str, logits: Tensor, k: int, vocab_size: int | None = None, vocab_start: int = 0, group: Any = None
+) -> Tensor:
+    """Refuse what k entries cannot be selected from; returns the columns of [..., V] that count, detached."""
+    if logits.ndim < 1 or not logits.is_floating_point():
+        raise ValueError(f"{where}: expected logits float [..., V], got {logits.dtype} {list(logits.shape)}")
+    vocabulary = logits.shape[-1]
+    if vocab_start < 0 or (vocab_start > 0 and group is None):
+        raise ValueError(f"{where}: vocab_start {vocab_start} without a group, or below 0; it is this rank's first id")
+    if group is not None:
+        check_k(where, k, vocabulary * group.size())
+        own = vocabulary if vocab_size is None else max(0, min(vocabulary, vocab_size - vocab_start))
+        return logits.detach()[..., :own]
+    if vocab_size is not None and not 0 < vocab_size <= vocabulary:
+        raise ValueError(f"{where}: vocab_size must lie between 1 and V = {vocabulary}, got {vocab_size}")
+    check_k(where, k, vocabulary if vocab_size is None else vocab_size)
+    return logits.detach()[..., :vocab_size]
 
 
 def check_mask(where: str, mask: Tensor | None, rows: torch.Size) -> None:
@@ -121,15 +153,15 @@ def check_lse_temperature(where: str, ref: TopK, temperature: float) -> None:
         )
 
 
-def check_ids(where: str, ref: TopK, vocabulary: int) -> None:
-    """Ids beyond the vocabulary: an error on the CPU, an asynchronous assertion elsewhere."""
-    if ref.ids.numel() == 0:
+def check_ids(where: str, ids: Tensor, vocabulary: int | Tensor) -> None:
+    """Ids int32 [..., K] beyond the vocabulary: an error on the CPU, an asynchronous assertion elsewhere."""
+    if ids.numel() == 0:
         return
-    highest = ref.ids.amax()
+    highest = ids.amax()
     if highest.device.type != "cpu":
         torch._assert_async(highest < vocabulary, f"{where}: a reference id is beyond the policy's vocabulary")
-    elif int(highest) >= vocabulary:
+    elif int(highest) >= int(vocabulary):
         raise ValueError(
-            f"{where}: reference id {int(highest)} is beyond the policy's vocabulary of {vocabulary}; "
+            f"{where}: reference id {int(highest)} is beyond the policy's vocabulary of {int(vocabulary)}; "
             "both models need the same tokenizer"
         )

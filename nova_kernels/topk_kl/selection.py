@@ -1,29 +1,91 @@
-"""Selection from logits that are already there, a block of rows at a time."""
+"""Selection by whichever backend, a block of rows at a time, and over the ranks that share a vocabulary.
+
+Over ranks: each selects from its own columns; the P K candidates of a row, laid out by rising first column, are a row
+of logits themselves, so selecting from them is exact and gives ties to the lowest id as before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from nova_kernels import lm_head
-from nova_kernels.topk_kl.entries import TopK
+from nova_kernels.backend import why_not_triton
+from nova_kernels.lm_head import Head, arithmetic_dtype, chunk_rows, chunks, kept_logits, parallel, walk
+from nova_kernels.lm_head.rows import gather_inside, log_sum_exp
+from nova_kernels.topk_kl import cuda, reference, threshold, triton
 
-Select = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # logits [n, V], k -> ids int32 and values [n, K]
+Selected = tuple[Tensor, Tensor, Tensor]  # ids int32 [n, K], values [n, K], lse [n]
 
 
-@torch.no_grad()
-def select_blocks(logits: Tensor, k: int, *, temperature: float, select: Select) -> TopK:
-    """Top-K of [..., V] in float32 (float64 for float64), without a second copy of all of it."""
-    *rows, vocabulary = logits.shape
-    flat = logits.reshape(-1, vocabulary)
-    dtype = lm_head.arithmetic_dtype(logits)
-    ids = torch.empty(len(flat), k, dtype=torch.int32, device=flat.device)
-    values = torch.empty(len(flat), k, dtype=dtype, device=flat.device)
-    lse = torch.empty(len(flat), dtype=dtype, device=flat.device)
-    for part in lm_head.chunks(len(flat), lm_head.chunk_rows(vocabulary, flat.device)):
-        block = flat[part].to(dtype)
-        ids[part], values[part] = select(block, k)
+def backends(logits: Tensor, k: int) -> dict[str, str | None]:
+    """Backends for the top k of such logits, fastest first, each with the reason it cannot run."""
+    double = "it has no float64" if logits.dtype == torch.float64 else None
+    compiled = {
+        "cuda": cuda.why_not(logits.device, logits.dtype, k),
+        "triton": why_not_triton(logits.device) or double,
+    }
+    plain: dict[str, str | None] = {"threshold": None, "reference": None}
+    # On the CPU Triton's kernels are interpreted: for tests, by name.
+    return {**plain, **compiled} if logits.device.type == "cpu" else {**compiled, **plain}
+
+
+def fastest(logits: Tensor, k: int) -> str:
+    """The first backend that can run."""
+    return next(name for name, reason in backends(logits, k).items() if reason is None)
+
+
+def select(logits: Tensor, k: int, temperature: float, backend: str) -> Selected:
+    """Top-K of logits [n, V] in float32 (float64 for float64), without a second copy of all of them."""
+    if k == 0:  # a rank without a part of the vocabulary
+        values = logits.new_empty(len(logits), 0, dtype=arithmetic_dtype(logits))
+        return values.int(), values, values.new_full((len(logits),), -torch.inf)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    if backend == "cuda":
+        return cuda.topk_select(logits, k, temperature)
+    if backend == "triton":
+        return triton.topk_select(logits, k, temperature)
+    num_rows, dtype = len(logits), arithmetic_dtype(logits)
+    ids = torch.empty(num_rows, k, dtype=torch.int32, device=logits.device)
+    values, lse = logits.new_empty(num_rows, k, dtype=dtype), logits.new_empty(num_rows, dtype=dtype)
+    run = threshold.topk_select if backend == "threshold" else reference.topk_select
+    for part in chunks(num_rows, chunk_rows(logits.shape[1], logits.device)):
+        block = logits[part].to(dtype)
+        ids[part], values[part] = run(block, k)
         lse[part] = (block / temperature).logsumexp(dim=-1)
-    return TopK(ids=ids, values=values, lse=lse, temperature=temperature).reshape(*rows)
+    return ids, values, lse
+
+
+def select_from_head(hidden: Tensor, head: Head, k: int, temperature: float, *, in_triton: bool) -> Selected:
+    """Top-K of the head's logits of hidden [n, H]: the very products, and lse, that the other ops see."""
+    num_rows = len(hidden)
+    ids = torch.empty(num_rows, k, dtype=torch.int32, device=hidden.device)
+    values, lse = hidden.new_empty(num_rows, k, dtype=head.sums), hidden.new_empty(num_rows, dtype=head.sums)
+    buffer = head.buffer(num_rows)
+    plain = head.bias is None and head.softcap is None
+    backend = fastest(buffer, k)
+    for part in chunks(num_rows, len(buffer)):
+        products = head.products(hidden[part], buffer)
+        logits = products if plain else head.logits_(products.clone())
+        plain_ids = backend == "threshold" and k > 0  # without the log-sum-exp, which comes from the products
+        ids[part] = threshold.topk_select(logits, k)[0] if plain_ids else select(logits, k, 1.0, backend)[0]
+        unused = ids[part] < 0
+        at_ids = kept_logits(gather_inside(products, ids[part]), ids[part], head.bias, head.softcap)
+        values[part] = at_ids.masked_fill_(unused, -torch.inf)
+        lse[part] = log_sum_exp(walk.block_stats(products, head, temperature, in_triton=in_triton))
+    return ids, values, lse
+
+
+def merged(selected: Selected, k: int, vocab_start: int, group: dist.ProcessGroup) -> Selected:
+    """Top-K of the whole vocabulary from each rank's top min(K, V) of its own."""
+    ids, values, lse = selected
+    missing = (0, k - ids.shape[1])
+    ids = torch.nn.functional.pad(ids.where(ids < 0, ids + vocab_start), missing, value=-1)
+    values = torch.nn.functional.pad(values, missing, value=-torch.inf)
+    starts = parallel.gather(torch.full((1,), vocab_start, device=ids.device), group).squeeze(1)
+    order = starts.argsort()
+    everything = (parallel.gather(x, group)[order].transpose(0, 1).flatten(1) for x in (ids, values))
+    all_ids, all_values = everything
+    places, values, _ = select(all_values, k, 1.0, fastest(all_values, k))
+    ids = all_ids.gather(1, places.clamp(min=0).long()).masked_fill_(places < 0, -1)
+    return ids, values, parallel.gather(lse, group).logsumexp(dim=0)
