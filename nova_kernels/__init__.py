@@ -8,6 +8,7 @@ from nova_kernels.backend import BackendUnavailableError
 from nova_kernels.checkpoint import checkpoint_segments, uniform_segments
 from nova_kernels.logprob import LogprobTerms, linear_cross_entropy, linear_logprobs
 from nova_kernels.merging import MergeReport, linear, merge_state, model_stock, task_arithmetic
+from nova_kernels.modules import LinearCrossEntropyLoss, LinearTopKKLDivLoss, TopKKLDivLoss
 from nova_kernels.packing import (
     PackCollator,
     PackedBatch,
@@ -20,6 +21,7 @@ from nova_kernels.packing import (
 )
 from nova_kernels.topk_kl import (
     TopK,
+    TopKReferenceCache,
     linear_topk_kl_div,
     linear_topk_select,
     topk_kl_div,
@@ -30,6 +32,8 @@ from nova_kernels.topk_kl import (
 
 __all__ = [
     "BackendUnavailableError",
+    "LinearCrossEntropyLoss",
+    "LinearTopKKLDivLoss",
     "LogprobTerms",
     "MergeReport",
     "PackCollator",
@@ -38,6 +42,8 @@ __all__ = [
     "PackedBatch",
     "StreamingPacker",
     "TopK",
+    "TopKKLDivLoss",
+    "TopKReferenceCache",
     "balance_ranks",
     "checkpoint_segments",
     "linear",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nova_kernels import lm_head
-from nova_kernels.logprob import linear_cross_entropy, linear_logprobs
+from nova_kernels import BackendUnavailableError, lm_head
+from nova_kernels.logprob import linear_cross_entropy, linear_logprobs, ops
 from nova_kernels.topk_kl import TopK, linear_topk_kl_div, linear_topk_select, topk_kl_div, topk_kl_metrics
-from numerics import OpWatch, assert_as_accurate
+from numerics import OpWatch, assert_as_accurate, undecorate
 
 BACKENDS = pytest.mark.parametrize("backend", ["chunked", "reference"])
 DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
@@ -158,7 +158,7 @@ def test_kl_and_mass_are_those_of_topk_kl(tail: str) -> None:
     assert terms.kl is not None and terms.policy_mass is not None
     torch.testing.assert_close(terms.kl, topk_kl_div(logits, ref, **options))
     torch.testing.assert_close(terms.policy_mass, topk_kl_metrics(logits, ref, temperature=0.7).policy_mass)
-    alone = linear_topk_kl_div(case.hidden, case.weight, ref, bias=case.bias, **options)
+    alone = linear_topk_kl_div(case.hidden, case.weight, ref, bias=case.bias, backend="dense", **options)
     assert torch.equal(terms.kl, alone) and not terms.policy_mass.requires_grad
 
 
@@ -199,9 +199,10 @@ def test_cross_entropy(backend: str) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_backward_twice_gives_the_same() -> None:
-    """The first one uses up the last chunk's exponentials."""
-    case = make_case()
+@pytest.mark.parametrize("num_rows", [9, 23])
+def test_backward_twice_gives_the_same(num_rows: int) -> None:
+    """Whether the forward's exponentials are kept (a single chunk) or computed again."""
+    case = make_case(num_rows)
     terms = linear_logprobs(case.hidden, case.weight, case.targets, bias=case.bias, ref=case.ref(), tail="bucket")
     assert terms.kl is not None
     first, second = (case.gradients(terms.logprobs, terms.kl) for _ in range(2))
@@ -222,7 +223,8 @@ def test_only_what_requires_grad_gets_one() -> None:
 
 
 @TAILS
-def test_memory_is_bounded_and_ignored_rows_cost_nothing(tail: str) -> None:
+def test_memory_is_bounded_and_ignored_rows_cost_nothing(monkeypatch: pytest.MonkeyPatch, tail: str) -> None:
+    undecorate(monkeypatch, ops)
     case = make_case(400, 101, 2)
     kept = int((case.targets != -100).sum())
     ref = case.ref()
@@ -325,7 +327,11 @@ def test_refusals() -> None:
         linear_logprobs(hidden, weight, targets, ref=ref, temperature=0.5, tail="bucket")
     with pytest.raises(ValueError, match=r"linear_logprobs: expected hidden \[N, H\] and weight \[V, H\]"):
         linear_logprobs(hidden.unsqueeze(0), weight, targets)
-    with pytest.raises(ValueError, match=r"unknown backend 'triton'; expected one of \['chunked', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"unknown backend 'trion'; expected one of \['chunked', 'reference', 'triton'\]"
+    ):
+        linear_logprobs(hidden, weight, targets, backend="trion")
+    with pytest.raises(BackendUnavailableError, match="backend 'triton' cannot run: it has no float64"):
         linear_logprobs(hidden, weight, targets, backend="triton")
 
 

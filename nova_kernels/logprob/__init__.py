@@ -13,15 +13,12 @@ Derivation, memory and limits: docs/kernels/logprob.md.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from nova_kernels import lm_head
-from nova_kernels.backend import choose
-from nova_kernels.logprob import chunked, composed
-from nova_kernels.logprob.terms import Asked, LogprobTerms, kept_targets
+from nova_kernels.logprob.dispatch import terms_of
+from nova_kernels.logprob.terms import LogprobTerms
 from nova_kernels.topk_kl import TopK
-from nova_kernels.topk_kl.dense import KLOptions, may_be_padded
-from nova_kernels.topk_kl.entries import check_divergence, check_temperature
 
 __all__ = ["LogprobTerms", "linear_cross_entropy", "linear_logprobs"]
 
@@ -38,7 +35,9 @@ def linear_logprobs(
     ref: TopK | None = None,
     direction: str = "policy_ref",
     tail: str = "none",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int = 0,
     backend: str | None = None,
 ) -> LogprobTerms:
     """Terms of every row of hidden [N, H] under a head weight [V, H] and bias [V].
@@ -49,7 +48,10 @@ def linear_logprobs(
         vocab_size: rows of the weight from here on are padding and do not exist.
         ref: the reference's top K of the same N rows; rows that are ignored are not read.
         direction, tail: as in topk_kl_div.
-        backend: "chunked" or "reference" (holds [N, V]).
+        ignore_index: None where every row counts: on CUDA nothing then waits for the device to count them.
+        group: the ranks among which the vocabulary is split; weight and bias are this rank's, from id `vocab_start`
+            on, everything else is the same on all ranks. Every rank gets the terms and all of dhidden.
+        backend: "triton", "chunked" (PyTorch) or "reference" (holds [N, V]).
 
     Returns:
         LogprobTerms; gradients flow through logprobs and kl to hidden, weight and bias.
@@ -57,30 +59,24 @@ def linear_logprobs(
     Raises:
         ValueError: shapes, dtypes or options that do not fit; a target outside the vocabulary.
     """
-    where = "linear_logprobs"
-    vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size)
-    check_temperature(where, temperature)
-    if ref is not None:
-        check_divergence(where, ref, hidden.shape[:1], vocabulary, temperature, direction, tail)
-    rows, kept = kept_targets(where, hidden, targets, vocabulary, ignore_index)
-    gradient = lm_head.wants_gradient(hidden, weight, bias)
-    kl = None
-    if ref is not None:
-        kl = KLOptions(
-            ref=ref,
-            temperature=temperature,
-            direction=direction,
-            tail=tail,
-            rows=rows,
-            padded=may_be_padded(ref, rows),
-            gradient=gradient,
-        )
-    asked = Asked(targets=kept, rows=rows, temperature=temperature, entropy=True, kl=kl, gradient=gradient)
-    name = choose(where, backend, {"chunked": None, "reference": None})
-    run = chunked.linear_logprobs if name == "chunked" else composed.linear_logprobs
-    terms = run(hidden, weight, bias, softcap=softcap, vocab_size=vocab_size, asked=asked)
-    assert terms.entropy is not None, "the entropy was asked for"
-    return LogprobTerms(terms.logprobs, terms.entropy, terms.kl, terms.policy_mass)
+    return terms_of(
+        "linear_logprobs",
+        hidden,
+        weight,
+        targets,
+        ref,
+        bias=bias,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        direction=direction,
+        tail=tail,
+        ignore_index=ignore_index,
+        group=group,
+        vocab_start=vocab_start,
+        backend=backend,
+        entropy=True,
+    )
 
 
 def linear_cross_entropy(
@@ -92,19 +88,31 @@ def linear_cross_entropy(
     softcap: float | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
+    group: torch.distributed.ProcessGroup | None = None,
+    vocab_start: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Cross-entropy [N] of `labels` int64 [N] (already shifted): -logprobs of linear_logprobs, without its other terms.
 
     0 where ignored; not reduced. Arguments and errors as in linear_logprobs.
     """
-    where = "linear_cross_entropy"
-    vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size)
-    check_temperature(where, temperature)
-    rows, targets = kept_targets(where, hidden, labels, vocabulary, ignore_index)
-    gradient = lm_head.wants_gradient(hidden, weight, bias)
-    asked = Asked(targets=targets, rows=rows, temperature=temperature, entropy=False, kl=None, gradient=gradient)
-    name = choose(where, backend, {"chunked": None, "reference": None})
-    run = chunked.linear_logprobs if name == "chunked" else composed.linear_logprobs
-    return 0.0 - run(hidden, weight, bias, softcap=softcap, vocab_size=vocab_size, asked=asked).logprobs
+    terms = terms_of(
+        "linear_cross_entropy",
+        hidden,
+        weight,
+        labels,
+        None,
+        bias=bias,
+        softcap=softcap,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        direction="policy_ref",
+        tail="none",
+        ignore_index=ignore_index,
+        group=group,
+        vocab_start=vocab_start,
+        backend=backend,
+        entropy=False,
+    )
+    return 0.0 - terms.logprobs

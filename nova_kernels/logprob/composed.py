@@ -4,29 +4,41 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nova_kernels import lm_head
+from nova_kernels.lm_head import dense_logits, spread, take
 from nova_kernels.logprob import reference
-from nova_kernels.logprob.terms import Asked, Terms
+from nova_kernels.logprob.targets import check_targets, counted_rows
+from nova_kernels.logprob.terms import LogprobTerms
+from nova_kernels.topk_kl import TopK
 from nova_kernels.topk_kl import reference as kl_reference
+from nova_kernels.topk_kl.entries import check_ids
 
 
 def linear_logprobs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, *, softcap: float | None, vocab_size: int | None, asked: Asked
-) -> Terms:
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref: TopK | None,
+    *,
+    softcap: float | None,
+    vocabulary: int,
+    temperature: float,
+    ignore_index: int | None,
+    direction: str = "policy_ref",
+    tail: str = "none",
+) -> LogprobTerms:
     """Terms of each row of hidden [N, H], differentiable by autograd."""
-    num_rows = hidden.shape[0]
-    kept_hidden = lm_head.take(hidden, asked.rows, slice(None))
-    logits = lm_head.dense_logits(kept_hidden, weight, bias, softcap, vocab_size)
-    logprobs, entropy = reference.linear_logprobs(logits / asked.temperature, asked.targets)
-    kl = mass = None
-    if asked.kl is not None:
-        ref = asked.kl.ref if asked.rows is None else asked.kl.ref[asked.rows]
-        options = (asked.temperature, asked.kl.direction, asked.kl.tail)
-        kl = kl_reference.topk_kl_div(logits, ref.ids, ref.values, ref.lse, *options, None)
-        lse = (logits.detach() / asked.temperature).logsumexp(dim=-1)
-        mass = kl_reference.mass(kl_reference.kept_logits(logits.detach(), ref.ids), lse, asked.temperature)
-    entropy_or_none = entropy if asked.entropy else None
-    kl, mass, entropy_or_none = (
-        None if term is None else lm_head.spread(term, asked.rows, num_rows) for term in (kl, mass, entropy_or_none)
-    )
-    return Terms(lm_head.spread(logprobs, asked.rows, num_rows), entropy_or_none, kl, mass)
+    rows = counted_rows(targets, ignore_index)
+    targets = take(targets, rows)
+    check_targets(targets, vocabulary, ignore_index)
+    logits = dense_logits(take(hidden, rows), weight, bias, softcap, vocabulary)
+    terms: list[Tensor | None] = [*reference.linear_logprobs(logits / temperature, targets), None, None]
+    if ref is not None:
+        ids, values, lse = (take(x, rows) for x in (ref.ids, ref.values, ref.lse))
+        check_ids("linear_logprobs", ids, vocabulary)
+        terms[2] = kl_reference.topk_kl_div(logits, ids, values, lse, temperature, direction, tail, None)
+        policy_lse = (logits.detach() / temperature).logsumexp(dim=-1)
+        terms[3] = kl_reference.mass(kl_reference.kept_logits(logits.detach(), ids), policy_lse, temperature)
+    logprobs, entropy, kl, mass = (None if x is None else spread(x, rows, len(hidden)) for x in terms)
+    assert logprobs is not None and entropy is not None, "both are always there"
+    return LogprobTerms(logprobs, entropy, kl, mass)
