@@ -25,8 +25,9 @@ import yaml
 
 ConfigT = TypeVar("ConfigT")
 
-# These change what is shown or where a run starts, never its results: they are no part of a run's identity.
-PRESENTATION_KEYS = frozenset({"disable_progress", "report_to", "resume_from_checkpoint"})
+# These change what is shown, where a run starts or which part a process does, never the results of a run: they are no
+# part of its identity.
+PRESENTATION_KEYS = frozenset({"disable_progress", "report_to", "resume_from_checkpoint", "shard"})
 
 
 class ConfigError(ValueError):
@@ -238,7 +239,7 @@ def resolved_text(config: object, *, stage: str | None = None) -> str:
 
 def write_config(config: object, path: str | Path, *, stage: str | None = None) -> None:
     """Write `resolved_text`; the file appears whole or not at all."""
-    partial = Path(f"{path}.partial")
+    partial = Path(f"{path}.{os.getpid()}.partial")  # several processes may share a folder
     partial.write_text(resolved_text(config, stage=stage), encoding="utf-8")
     os.replace(partial, path)
 

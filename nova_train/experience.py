@@ -17,11 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nova_kernels.packing import IGNORE_INDEX, PackedBatch, pack_samples
-from nova_kernels.topk_kl import TopK, linear_topk_select
+from nova_kernels.topk_kl import TopK, TopKReferenceCache
 from nova_train.advantages import RunningMoments, group_advantages
 from nova_train.loader import PackedLoader, ShuffledLoader
-from nova_train.losses import next_token_targets
-from nova_train.model import hidden_states, lm_head
+from nova_train.reference_topk import cached_top_k, top_k_of
 from nova_train.rollout import Completion
 from nova_train.samples import Prompt
 
@@ -37,7 +36,7 @@ class RolloutBatch:
     advantages: Tensor  # fp32 [S]
     token_weights: Tensor  # fp32 [R], each token's weight in the sum of the loss
     count: float  # what the sum is divided by, over all micro-batches of the step
-    ref: TopK  # the reference's top-K at the positions that predict response tokens, [R, K]
+    ref: TopK | None  # the reference's top-K at the positions that predict response tokens, [R, K]
     old_logprobs: Tensor | None = None  # [R], filled by the first forward
     token_advantages: Tensor | None = None  # [R], likewise
     metrics: Metrics = field(default_factory=dict)
@@ -88,14 +87,23 @@ class Experience:
         self,
         prompts: ShuffledLoader[Prompt],
         ptx: PackedLoader | None,
-        ref_policy: PreTrainedModel,
+        ref_policy: PreTrainedModel | None,
         sample: Sampler,
         score: Scorer,
         options: ExperienceOptions,
         *,
+        ptx_cache: TopKReferenceCache | None = None,
         max_steps: int | None = None,
     ) -> None:
-        self._prompts, self._ptx, self._ref_policy = prompts, ptx, ref_policy
+        """Nothing is drawn yet.
+
+        Args:
+            ref_policy: the reference; None: rollouts go without its KL, and PTX batches need `ptx_cache`.
+            ptx_cache: the reference's top-K of the samples of `ptx`, which carry their rows of it.
+        """
+        if ref_policy is None and ptx is not None and ptx_cache is None:
+            raise ValueError("Experience: PTX batches need a reference: give ref_policy or ptx_cache")
+        self._prompts, self._ptx, self._ref_policy, self._ptx_cache = prompts, ptx, ref_policy, ptx_cache
         self._sample, self._score, self._options, self._max_steps = sample, score, options, max_steps
         self._moments = RunningMoments()
         self._rollouts = 0
@@ -167,17 +175,15 @@ class Experience:
         )
 
     def _with_reference(self, packed: PackedBatch) -> PTXBatch:
-        return PTXBatch(packed=packed, ref=self._reference(packed))
+        ref = self._reference(packed) if self._ptx_cache is None else cached_top_k(self._ptx_cache, packed)
+        assert ref is not None, "checked when the experience was made"
+        return PTXBatch(packed=packed, ref=ref)
 
-    @torch.no_grad()
-    def _reference(self, packed: PackedBatch) -> TopK:
+    def _reference(self, packed: PackedBatch) -> TopK | None:
         """The frozen policy's top-K at every trained position, from the same packs and chunks as the update."""
-        head = lm_head(self._ref_policy)
-        hidden = hidden_states(self._ref_policy, packed)
-        hidden = hidden[(next_token_targets(packed.labels) != IGNORE_INDEX).to(hidden.device)]
-        return linear_topk_select(
-            hidden, head.weight, self._options.kl_top_k, temperature=self._options.temperature, **head.kwargs()
-        )
+        if self._ref_policy is None:
+            return None
+        return top_k_of(self._ref_policy, packed, self._options.kl_top_k, self._options.temperature)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -218,10 +224,10 @@ def token_weights(lengths: Tensor, loss_type: str, max_completion_length: int) -
 
 def _to_state(batch: RolloutBatch) -> dict[str, Any]:
     """A rollout batch as tensors and plain types, for a checkpoint between two inner iterations."""
-    packed = batch.packed
+    packed, ref = batch.packed, batch.ref
     return {
         "packed": [packed.input_ids, packed.labels, packed.position_ids, packed.cu_seqlens, packed.max_seqlen],
-        "ref": [batch.ref.ids, batch.ref.values, batch.ref.lse, batch.ref.temperature],
+        "ref": None if ref is None else [ref.ids, ref.values, ref.lse, ref.temperature],
         "lengths": batch.lengths,
         "advantages": batch.advantages,
         "token_weights": batch.token_weights,
@@ -234,13 +240,16 @@ def _to_state(batch: RolloutBatch) -> dict[str, Any]:
 
 def _from_state(saved: Mapping[str, Any]) -> RolloutBatch:
     ids, labels, positions, cu_seqlens, longest = saved["packed"]
-    top_ids, values, lse, temperature = saved["ref"]
+    ref = None
+    if saved["ref"] is not None:
+        top_ids, values, lse, temperature = saved["ref"]
+        ref = TopK(ids=top_ids, values=values, lse=lse, temperature=temperature)
     rest = {name: value for name, value in saved.items() if name not in ("packed", "ref", "metrics")}
     return RolloutBatch(
         packed=PackedBatch(
             input_ids=ids, labels=labels, position_ids=positions, cu_seqlens=cu_seqlens, max_seqlen=longest
         ),
-        ref=TopK(ids=top_ids, values=values, lse=lse, temperature=temperature),
+        ref=ref,
         metrics={name: (pair[0], pair[1]) for name, pair in saved["metrics"].items()},
         **rest,
     )

@@ -160,7 +160,7 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
             per_micro_batch=packs_per_micro_batch,
             epochs=epochs,
             max_steps=max_steps,
-            identity=_fingerprint(samples, (capacity, packs_per_step, seed, plan)),
+            identity=samples_fingerprint(samples, (capacity, packs_per_step, seed, plan)),
         )
 
     @property
@@ -229,7 +229,7 @@ def _generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch])
 
 
-def _fingerprint(samples: Sequence[Mapping[str, Any]], options: tuple[object, ...]) -> str:
+def samples_fingerprint(samples: Sequence[Mapping[str, Any]], options: tuple[object, ...] = ()) -> str:
     """SHA-256 over the options and every field of every sample."""
     digest = hashlib.sha256(repr(options).encode())
     for sample in samples:

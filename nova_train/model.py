@@ -11,7 +11,7 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,19 @@ from nova_train.config import ConfigError, TrainConfig
 log = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
+
+
+class Arithmetic(Protocol):
+    """How a model is placed and computes; the keys of the stages' configs of the same names."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def bf16(self) -> bool: ...
+    @property
+    def attention_backend(self) -> str | None: ...
+    @property
+    def device(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +71,7 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def load_causal_lm(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
+def load_causal_lm(path: str | Path, config: Arithmetic, *, frozen: bool = False) -> PreTrainedModel:
     """A causal LM with varlen attention, dropout off, and (if trained) activation checkpointing as configured."""
     model = _from_pretrained(AutoModelForCausalLM, path, dtype=config.dtype)
     _attach(model, config, frozen=frozen)
@@ -188,14 +201,14 @@ def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **
         raise ConfigError(f"model {path}: {reason} ({str(error).splitlines()[0]})") from error
 
 
-def _attach(model: PreTrainedModel, config: TrainConfig, *, frozen: bool) -> None:
+def _attach(model: PreTrainedModel, config: Arithmetic, *, frozen: bool) -> None:
     model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
     model._autocast = config.bf16
     _turn_off_dropout(model)
     model.to(pick_device(config.device))
     model.eval() if frozen else model.train()
     model.requires_grad_(not frozen)
-    if not frozen and config.segments is not None:
+    if not frozen and isinstance(config, TrainConfig) and config.segments is not None:
         checkpoint_segments(model, config.segments)
 
 

@@ -63,7 +63,7 @@ def test_a_dry_run_prints_the_keys_and_runs_nothing(tmp_path: Path, capsys: pyte
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("sft", "reward", "grpo", "merge", "pas", "pipeline", "eval", "inspect-data", "env", "augment"):
+    for command in (*kinds.STAGES, *kinds.COMMANDS, "pipeline", "env"):
         assert f"\n  {command} " in shown
 
 

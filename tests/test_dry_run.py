@@ -52,6 +52,9 @@ def test_muon_keeps_one_moment_of_layer_weights(model: Path) -> None:
 def test_frozen_models_of_reinforcement_learning_count(model: Path) -> None:
     weights = sizes(SFTConfig(**keys(model)))["weights"]
     assert sizes(GRPOConfig(**keys(model, reward_funcs=["a:b"])))["frozen models"] == weights
+    cached = {"ptx_dataset_name": ["unread"], "ptx_kl_weight": 0.1, "ptx_reference_cache": "unread"}
+    assert sizes(GRPOConfig(**keys(model, reward_funcs=["a:b"], **cached)))["frozen models"] == weights
+    assert "frozen models" not in sizes(GRPOConfig(**keys(model, reward_funcs=["a:b"], beta=0.0, **cached)))
     reward = sizes(RewardConfig(**keys(model)))["weights"]
     assert reward != weights
     assert sizes(GRPOConfig(**keys(model, reward_model=str(model))))["frozen models"] == weights + reward

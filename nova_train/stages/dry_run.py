@@ -8,11 +8,18 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
     logits chunk     2 * 4 * V min(tokens, rows of a chunk)   logits and their gradient in fp32
 
 Activations come on top: they depend on `segments` and on the attention backend.
+
+A cache of the reference takes its rows times bytes per row on disk, and at least the time of the model's products: 2
+operations per token and weight of the body, and per trained token and weight of the head, at the rate that one large
+product reaches here.
 """
 
 from __future__ import annotations
 
+import shutil
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,11 +28,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from nova_kernels.lm_head import chunk_rows
+from nova_kernels.topk_kl import CacheHeader
 from nova_train.chat import Chat
 from nova_train.config import TrainConfig, resolved_text, stage_name
 from nova_train.datasets import Kind, read_rows
-from nova_train.model import load_tokenizer
+from nova_train.model import load_tokenizer, pick_device
 from nova_train.optim import muon_names
+from nova_train.reference_topk import rows_of_samples, supervised_samples
+from nova_train.stages.cache_reference import CacheReferenceConfig, plan_shards
+from nova_train.stages.grpo import GRPOConfig, needs_reference
 from nova_train.stages.inspect_data import InspectDataConfig, inspect_rows
 from nova_train.stages.pas import PASConfig, conversations
 
@@ -34,7 +45,9 @@ _KINDS: dict[str, Literal["sft", "preference", "prompt"]] = {
     "pas": "sft",
     "reward": "preference",
     "grpo": "prompt",
+    "cache-reference": "sft",
 }
+PRODUCT = 1024  # rows and columns of the product that is timed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,9 +69,15 @@ def print_plan(config: Any, *, console: Console | None = None) -> None:
             _print_data(config, name, console)
         console.rule("memory")
         console.print(memory_text(estimate_memory(config)), markup=False, highlight=False, soft_wrap=True)
+    if isinstance(config, CacheReferenceConfig):
+        for name in config.dataset_name:
+            console.rule(name)
+            _print_data(config, name, console)
+        console.rule("cache")
+        console.print(cache_text(config), markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_data(config: TrainConfig, name: str, console: Console) -> None:
+def _print_data(config: TrainConfig | CacheReferenceConfig, name: str, console: Console) -> None:
     """Token statistics of one data set as the stage reads it; overlong rows are counted, not refused."""
     chat = Chat(load_tokenizer(str(config.model_name_or_path)))
     seen = InspectDataConfig(
@@ -81,7 +100,7 @@ def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
     stage = stage_name(type(config))
     model = _without_memory(str(config.model_name_or_path), reward_head=stage == "reward")
     trained, size = _count(model), getattr(torch, config.dtype).itemsize
-    frozen = trained if stage == "grpo" else 0
+    frozen = trained if isinstance(config, GRPOConfig) and needs_reference(config) else 0
     if judge := getattr(config, "reward_model", None):
         frozen += _count(_without_memory(judge, reward_head=True))
     muon = 0
@@ -112,6 +131,53 @@ def memory_text(parts: list[MemoryPart]) -> str:
     """The estimate as aligned lines with its sum."""
     total = MemoryPart(name="sum", num_bytes=sum(part.num_bytes for part in parts), formula="and activations on top")
     return "\n".join(f"{part.name:<14} {_size(part.num_bytes):>12}   {part.formula}" for part in [*parts, total])
+
+
+def cache_text(config: CacheReferenceConfig) -> str:
+    """Rows, bytes on disk, and the least time of a cache; no weights are loaded."""
+    model = _without_memory(config.model_name_or_path, reward_head=False)
+    chat = Chat(load_tokenizer(config.model_name_or_path))
+    samples = supervised_samples(config.dataset_name, config, chat)
+    rows, tokens = rows_of_samples(samples), sum(len(sample["input_ids"]) for sample in samples)
+    header = CacheHeader(
+        k=config.kl_top_k,
+        vocab_size=model.config.vocab_size,
+        temperature=config.temperature,
+        num_samples=len(samples),
+        num_rows=int(rows.sum()),
+        model="unread",
+        tokenizer="unread",
+        data="unread",
+        dtype=config.cache_dtype,
+    )
+    head = model.get_output_embeddings().weight
+    ends = (head, model.get_input_embeddings().weight)
+    body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and not any(p is end for end in ends))
+    products = tokens * body + header.num_rows * head.numel()
+    rate = _product_rate(config)
+    folder = Path(config.output_dir).resolve()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    shards = len(plan_shards(rows, header, config.num_shards))
+    lines = {
+        "rows": f"{header.num_rows:,}, {header.record.itemsize:,} bytes each",
+        "on disk": f"{_size(header.num_bytes)} in {shards} shards; {_size(free)} are free",
+        "time, at least": f"{2 * products / rate:,.0f} s: 2 x {products:,} operations at {rate / 1e9:,.0f} GFLOP/s",
+    }
+    return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
+
+
+def _product_rate(config: CacheReferenceConfig) -> float:
+    """Operations per second of one square product in the config's arithmetic; best of three."""
+    torch.set_num_threads(config.num_threads)
+    device = pick_device(config.device)
+    dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.dtype)
+    square = torch.ones(PRODUCT, PRODUCT, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        (square @ square)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * PRODUCT**3 / best
 
 
 def _size(num_bytes: int) -> str:

@@ -6,9 +6,11 @@
     Adv_it   = A_i - beta sum_{u > t} KL_iu                     detached, fixed at the rollout   (placement "split")
     L        = sum_it [ -min(rho Adv, clip(rho) Adv) + beta KL_it ] / tokens  +  ptx_kl_weight * sum KL / PTX tokens
 
-`ref` is the policy this stage starts from, frozen. The default's group mean and division by the standard deviation
-deviate from the true gradient of eq. (2) by design (docs/equations.md); `leave_one_out` with `scale_rewards: none` does
-not.
+`ref` is the policy this stage starts from, frozen. With `ptx_reference_cache` (written by cache-reference) the last
+term reads it from disk. Where beta is 0 as well it is never loaded, and its KL on rollouts is not watched.
+
+The default's group mean and division by the standard deviation deviate from the true gradient of eq. (2) by design
+(docs/equations.md); `leave_one_out` with `scale_rewards: none` does not.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from transformers import PreTrainedModel
 
 from nova_kernels.logprob import linear_logprobs
 from nova_kernels.packing import IGNORE_INDEX
-from nova_kernels.topk_kl import TopK, linear_topk_kl_div
+from nova_kernels.topk_kl import TopK, TopKReferenceCache, linear_topk_kl_div
 from nova_train import kl as kl_penalty
 from nova_train import loop
 from nova_train.chat import Chat
@@ -42,12 +44,19 @@ from nova_train.model import (
     hidden_states,
     lm_head,
     load_causal_lm,
-    load_model_config,
     load_tokenizer,
+)
+from nova_train.reference_topk import (
+    cache_header,
+    check_top_k,
+    check_top_k_early,
+    open_cache,
+    supervised_samples,
+    with_cache_rows,
 )
 from nova_train.rewards import Judge
 from nova_train.rollout import Completion, generate, sampling_seed
-from nova_train.samples import Prompt, prompts, sft_samples
+from nova_train.samples import Prompt, prompts
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +91,7 @@ class GRPOConfig(TrainConfig):
     ptx_dataset_name: list[str] = field(default_factory=list)  # supervised rows for the KL-PTX term
     ptx_kl_weight: float = 0.0  # gamma of eq. (2)
     ptx_batch_size: int = 1  # packs per optimiser step
+    ptx_reference_cache: str | None = None  # folder of cache-reference: no forward of the reference for the KL-PTX term
     eval_temperature: float = 1.0
 
     def __post_init__(self) -> None:
@@ -116,6 +126,11 @@ class GRPOConfig(TrainConfig):
             raise ConfigError(f"reward_weights has {len(self.reward_weights)} values for {judges} rewards")
         if self.ptx_kl_weight > 0 and not self.ptx_dataset_name:
             raise ConfigError(f"ptx_kl_weight is {self.ptx_kl_weight}, but ptx_dataset_name names no data set")
+        if self.ptx_reference_cache is not None and self.ptx_kl_weight == 0:
+            raise ConfigError(
+                f"ptx_reference_cache is {self.ptx_reference_cache}, but ptx_kl_weight is 0: nothing would read it"
+            )
+        check_top_k_early(self.model_name_or_path, self.kl_top_k)
         if self.kl_placement == "reward":
             log.warning("kl_placement: reward drops the KL's own gradient (docs/equations.md); split is exact")
 
@@ -146,10 +161,12 @@ class PolicyObjective:
         kl = linear_topk_kl_div(
             hidden, head.weight, ref, temperature=self.config.temperature, tail=self.config.kl_tail, **head.kwargs()
         )
-        return loop.LossTerms(sums={"ptx": kl.sum()}, metrics={"ptx/kl": (kl.detach().sum(), kl.numel())})
+        metrics = {"ptx/kl": (kl.detach().sum(), kl.numel()), "ptx/ref_mass": (ref_mass(ref).sum(), kl.numel())}
+        return loop.LossTerms(sums={"ptx": kl.sum()}, metrics=metrics)
 
     def _policy_terms(self, hidden: Tensor, targets: Tensor, batch: RolloutBatch) -> loop.LossTerms:
-        config, head, ref = self.config, lm_head(self.model), batch.ref.to(hidden.device)
+        config, head = self.config, lm_head(self.model)
+        ref = None if batch.ref is None else batch.ref.to(hidden.device)
         out = linear_logprobs(
             hidden,
             head.weight,
@@ -159,11 +176,11 @@ class PolicyObjective:
             tail=config.kl_tail,
             **head.kwargs(),
         )
-        assert out.kl is not None and out.policy_mass is not None, "linear_logprobs returns both with a reference"
+        kl = torch.zeros_like(out.entropy) if out.kl is None else out.kl
         if batch.old_logprobs is None or batch.token_advantages is None:
             batch.old_logprobs = out.logprobs.detach()
             batch.token_advantages = kl_penalty.token_advantages(
-                batch.advantages, out.kl, batch.lengths, beta=config.beta, placement=config.kl_placement
+                batch.advantages, kl, batch.lengths, beta=config.beta, placement=config.kl_placement
             )
         policy = clipped_policy_loss(
             out.logprobs,
@@ -175,20 +192,24 @@ class PolicyObjective:
         weights = batch.token_weights.to(out.logprobs)
         sums = {"policy": (weights * policy.loss).sum()}
         if kl_penalty.kl_in_loss(config.kl_placement) and config.beta > 0:
-            sums["kl"] = (weights * out.kl).sum()
+            sums["kl"] = (weights * kl).sum()
         n = float(targets.numel())
-        ref_mass = torch.exp(torch.logsumexp(ref.values / config.temperature, dim=-1) - ref.lse)
         metrics: dict[str, tuple[Tensor | float, float]] = {
-            "kl": (out.kl.detach().sum(), n),
             "entropy": (out.entropy.sum(), n),
-            "policy_mass": (out.policy_mass.detach().sum(), n),
-            "ref_mass": (ref_mass.sum(), n),
             "clip_ratio/low_mean": (policy.clipped_low.double().sum(), n),
             "clip_ratio/high_mean": (policy.clipped_high.double().sum(), n),
             "ratio/max_deviation": ((policy.ratio - 1).abs().max() if n else 0.0, 1.0),
             **batch.metrics,
         }
+        if ref is not None and out.policy_mass is not None:
+            watched = {"kl": kl.detach(), "policy_mass": out.policy_mass.detach(), "ref_mass": ref_mass(ref)}
+            metrics = {**{name: (values.sum(), n) for name, values in watched.items()}, **metrics}
         return loop.LossTerms(sums=sums, metrics=metrics)
+
+
+def ref_mass(ref: TopK) -> Tensor:
+    """The reference's probability [n] of its own kept entries."""
+    return torch.exp(torch.logsumexp(ref.values / ref.temperature, dim=-1) - ref.lse)
 
 
 def run(config: GRPOConfig) -> Path:
@@ -211,13 +232,15 @@ def run(config: GRPOConfig) -> Path:
         seed=config.seed,
         max_steps=None if config.max_steps is None else math.ceil(config.max_steps / config.num_iterations),
     )
+    ptx, ptx_cache = _ptx_source(config, chat)
     experience = Experience(
         loader,
-        _ptx_loader(config, chat),
-        load_causal_lm(source, config, frozen=True),
+        ptx,
+        load_causal_lm(source, config, frozen=True) if needs_reference(config) else None,
         lambda some, places: _answers(policy, chat, config, some, places, config.temperature),
         judge.score,
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
+        ptx_cache=ptx_cache,
         max_steps=config.max_steps,
     )
     held_out = _prompts(config.eval_dataset_name, config, chat) if config.eval_dataset_name else []
@@ -239,6 +262,11 @@ def run(config: GRPOConfig) -> Path:
         )
     )
     return Path(config.output_dir)
+
+
+def needs_reference(config: GRPOConfig) -> bool:
+    """Whether the reference model is loaded: for the KL of rollouts, or of supervised data without a cache."""
+    return config.beta > 0 or config.ptx_reference_cache is None
 
 
 def _answers(
@@ -268,26 +296,20 @@ def _prompts(names: Sequence[str], config: GRPOConfig, chat: Chat) -> list[Promp
     return prompts(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
 
 
-def check_top_k(model_path: str, k: int) -> None:
-    """Refuse a kl_top_k that the vocabulary cannot serve, before anything is loaded.
-
-    Raises:
-        ConfigError: k below 2 or above the vocabulary.
-    """
-    vocabulary = load_model_config(model_path).vocab_size
-    if not 2 <= k <= vocabulary:
-        raise ConfigError(f"kl_top_k must lie in [2, {vocabulary}] (the vocabulary of {model_path}), got {k}")
-
-
-def _ptx_loader(config: GRPOConfig, chat: Chat) -> PackedLoader | None:
+def _ptx_source(config: GRPOConfig, chat: Chat) -> tuple[PackedLoader | None, TopKReferenceCache | None]:
+    """Packs of supervised samples, and the cache of the reference's top-K over them if there is one."""
     if config.ptx_kl_weight == 0:
-        return None
-    rows = read_rows(config.ptx_dataset_name, kind="sft", on_bad_row=config.on_bad_row, columns=config.dataset_columns)
-    return PackedLoader(
-        sft_samples(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row),
+        return None, None
+    samples, cache = supervised_samples(config.ptx_dataset_name, config, chat), None
+    if config.ptx_reference_cache is not None:
+        cache = open_cache(config.ptx_reference_cache, cache_header(samples, config, chat.tokenizer))
+        samples = with_cache_rows(samples, cache)
+    loader = PackedLoader(
+        samples,
         capacity=config.max_length,
         packs_per_step=config.ptx_batch_size,
         packs_per_micro_batch=config.ptx_batch_size,
         epochs=None,
         seed=config.seed + 1,
     )
+    return loader, cache

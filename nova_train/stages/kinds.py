@@ -32,6 +32,9 @@ STAGES = {
     "reward": Kind("nova_train.stages.reward", "RewardConfig", "train a reward model on preference pairs"),
     "grpo": Kind("nova_train.stages.grpo", "GRPOConfig", "reinforcement learning with GRPO"),
     "merge": Kind("nova_train.stages.merge", "MergeConfig", "merge saved models into one"),
+    "cache-reference": Kind(
+        "nova_train.stages.cache_reference", "CacheReferenceConfig", "write the reference's top-K of supervised data"
+    ),
     "pas": Kind("nova_train.stages.pas", "PASConfig", "train a prompt augmentation model"),
     "eval": Kind("nova_train.stages.eval", "EvalConfig", "score models on held-out prompts and write the report"),
     "inspect-data": Kind("nova_train.stages.inspect_data", "InspectDataConfig", "counts, lengths and masks of data"),
