@@ -1,9 +1,12 @@
 """python -m benchmarks <op>: measure and save a record; python -m benchmarks tables: write the documentation's tables.
 
-    python -m benchmarks packing [--device cpu] [--quick]      --quick: small sizes, nothing is saved
-    python -m benchmarks tables [--check]                      --check: fail where a table or picture is not up to date
+    python -m benchmarks packing [--device cpu|cuda] [--quick]     --quick: small sizes, nothing is saved
+                         [--output FOLDER] [--commit NAME]         --commit: where git does not know it
+    python -m benchmarks.topk_union | topk_paths                   scripts of their own; each file says what it does
+    python -m benchmarks tables [--check]                          --check: fail where one is not up to date
 
-Real length lists are read from the folder NOVA_DATA; packers that are not installed are skipped by name.
+Real length lists are read from the folder NOVA_DATA; peers that are not installed are skipped by name. A record is
+saved even where a case of ours failed, but then the exit status is not 0.
 """
 
 from __future__ import annotations
@@ -23,15 +26,21 @@ from typing import Any
 
 from benchmarks import records
 
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+ONE_THREAD = dict.fromkeys((*THREADS, "TORCHINDUCTOR_COMPILE_THREADS"), "1")
 
 
 def ops() -> list[str]:
-    """The ops that have a benchmark and tables."""
+    """The ops that have a benchmark."""
+    return sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+
+
+def recorded() -> list[str]:
+    """Whatever has tables: the ops, and measurements that are scripts of their own."""
     return sorted(path.name.removesuffix("_tables.py") for path in Path(__file__).parent.glob("*_tables.py"))
 
 
-def measure(op: str, device: str, quick: bool) -> int:
+def measure(op: str, device: str, *, quick: bool, output: Path, commit: str | None) -> int:
     """Run bench_<op>.py in a process of its own; 0 if every case was right."""
     if find_spec("pytest_benchmark") is None:
         sys.exit("benchmarks: pytest-benchmark is missing; install it, e.g. with pip install pytest-benchmark")
@@ -39,15 +48,18 @@ def measure(op: str, device: str, quick: bool) -> int:
         raw = Path(folder) / "raw.json"
         command = [sys.executable, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q"]
         command += [f"--benchmark-json={raw}", f"--device={device}", *(["--quick"] if quick else [])]
-        command += ["--benchmark-columns=min,median,rounds", "--benchmark-sort=fullname"]
+        command += ["--benchmark-quiet"]  # its table knows nothing of CUDA events
+        command += [f"--commit={commit}"] if commit else []
         environment = os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"}
         failed = subprocess.run(command, cwd=records.ROOT, env=environment, check=False).returncode
-        if failed or quick:
+        if not raw.exists():
             return failed
         record = records.trim(json.loads(raw.read_text(encoding="utf-8")), op, {})
     record["versions"] = versions({row["package"] for row in record["rows"] if "package" in row})
-    sys.stdout.write(f"{records.save(record, records.ROOT / records.RESULTS)}\n")
-    return 0
+    sys.stdout.writelines(f"{line}\n" for line in records.lines(record))
+    if not quick:
+        sys.stdout.write(f"{records.save(record, output)}\n")
+    return failed
 
 
 def versions(packages: set[str]) -> dict[str, str]:
@@ -64,12 +76,13 @@ def versions(packages: set[str]) -> dict[str, str]:
 def stale(root: Path, *, write: bool) -> Iterator[str]:
     """The pages and pictures that are not what the newest records say; written anew if `write`."""
     blocks: dict[str, Callable[[], str]] = {}
-    for op in ops():
-        if (found := records.newest(op, root / records.RESULTS)) is None:
-            continue
+    for op in recorded():
         tables = import_module(f"benchmarks.{op}_tables")
-        blocks |= tables.blocks(*found)
-        yield from stale_drawings(root, tables, *found, write=write)
+        for device in tables.DEVICES:
+            found = records.newest(op, root / records.RESULTS, device)
+            blocks |= tables.blocks(*found) if found else unmeasured(op, tables, device)
+            if found:
+                yield from stale_drawings(root, tables, *found, write=write)
     for path in records.pages(root):
         old = path.read_text(encoding="utf-8")
         try:
@@ -82,9 +95,16 @@ def stale(root: Path, *, write: bool) -> Iterator[str]:
                 path.write_text(new, encoding="utf-8")
 
 
+def unmeasured(op: str, tables: Any, device: str) -> dict[str, Callable[[], str]]:
+    """What stands in the place of the tables of a device that the op has not been measured on."""
+    text = f"Not yet measured. `python -m benchmarks {op} --device {device}` does it.\n"
+    return {name.format(device=device): lambda: text for name in tables.BLOCKS}
+
+
 def stale_drawings(root: Path, tables: Any, name: str, record: records.Record, *, write: bool) -> Iterator[str]:
     """A picture is up to date if it names the record it was drawn from."""
-    for file, (draw, size) in tables.DRAWINGS.items():
+    for template, (draw, size) in tables.DRAWINGS.items():
+        file = template.format(device=records.device_of(record))
         path = root / file
         title = f"{path.name} from {name}, {record['date']}"
         if path.exists() and title in path.read_text(encoding="utf-8"):
@@ -121,11 +141,17 @@ def main(arguments: list[str] | None = None) -> int:
         command = commands.add_parser(op, help=f"run bench_{op}.py")
         command.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
         command.add_argument("--quick", action="store_true", help="small sizes, nothing is saved")
+        command.add_argument(
+            "--output", type=Path, default=records.ROOT / records.RESULTS, help="where the record goes"
+        )
+        command.add_argument("--commit", help="the commit that is measured, where git does not know")
     tables = commands.add_parser("tables", help="write the tables and pictures of the documentation")
     tables.add_argument("--check", action="store_true", help="write nothing, fail where something is not up to date")
     given = parser.parse_args(arguments)
     if given.command != "tables":
-        return measure(given.command, given.device, given.quick)
+        return measure(
+            given.command, given.device, quick=given.quick, output=given.output.resolve(), commit=given.commit
+        )
     changed = list(stale(records.ROOT, write=not given.check))
     verb = "not up to date" if given.check else "written"
     sys.stdout.write("".join(f"{verb}: {path}\n" for path in changed))

@@ -5,25 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.records import Record, Row, duration, origin, select, table
+from benchmarks.records import Record, Row, cell, names, origin, select, table, time_of
 
+DEVICES = ("cpu",)
 OURS = "nova_kernels"
 SIZES = (10_000, 100_000, 1_000_000)
 COLORS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3")
-
-
-def names(rows: Sequence[Row], fact: str) -> list[Any]:
-    """The values of a fact, in the order of the run."""
-    return list(dict.fromkeys(row[fact] for row in rows if fact in row))
-
-
-def cell(rows: Sequence[Row], write: Callable[[Row], str], **facts: Any) -> str:
-    found = select(rows, **facts)
-    return write(found[0]) if found else ""
-
-
-def time_of(row: Row) -> str:
-    return duration(row["seconds_median"])
 
 
 def over_bound(row: Row) -> str:

@@ -1,18 +1,32 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import bench_packing, packing_lengths, packing_peers, packing_tables, records
+from benchmarks import (
+    bench_logprob,
+    bench_packing,
+    bench_topk_kl,
+    lm_inputs,
+    logprob_tables,
+    packing_lengths,
+    packing_peers,
+    packing_tables,
+    records,
+    topk_kl_tables,
+)
 from benchmarks.__main__ import main, ops, stale
+from benchmarks.conftest import not_here
+from benchmarks.ways import Way
 
 ROOT = Path(__file__).parent.parent
 MACHINE = {"cpu": "Quick(R) CPU", "cores": 2, "threads": 1, "torch": "2", "python": "3", "commit": "abc-dirty"}
@@ -27,7 +41,14 @@ def row(packer: str, samples: int, seconds: float, packs: int, **facts: Any) -> 
 
 
 def record(rows: list[dict[str, Any]], date: str = "2026-01-01T00:00:00Z", **machine: Any) -> dict[str, Any]:
-    return {"op": "packing", "date": date, "machine": MACHINE | machine, "versions": {}, "rows": rows}
+    return {
+        "op": "packing",
+        "date": date,
+        "machine": MACHINE | machine,
+        "versions": {},
+        "left_out": {},
+        "rows": rows,
+    }
 
 
 @pytest.fixture
@@ -47,6 +68,20 @@ def test_a_run_is_trimmed_to_what_a_reader_needs() -> None:
     assert trimmed["machine"] == MACHINE and trimmed["versions"] == {"trl": "1.0"}
 
 
+def test_events_count_before_the_clock_and_what_failed_has_no_times() -> None:
+    facts = {"case": "kl", "impl": "a"}
+    infos = [
+        {**facts, "seconds_min": 0.5, "seconds_median": 0.6, "rounds": 9},
+        {**facts, "failed": "out of memory"},
+        {**facts, "left_out": "No module named 'a'"},
+    ]
+    stats = {"min": 1e-6, "median": 1e-6, "rounds": 1}
+    raw = {"machine_info": MACHINE, "benchmarks": [{"extra_info": info, "stats": stats} for info in infos]}
+    trimmed = records.trim(raw, "topk_kl", {})
+    assert trimmed["rows"] == infos[:2] and trimmed["left_out"] == {"kl: a": "No module named 'a'"}
+    assert [line.split("  ")[0] for line in map(str.strip, records.lines(trimmed))][:2] == ["600 ms", "out of memory"]
+
+
 def test_a_record_is_named_after_op_machine_and_commit(tmp_path: Path) -> None:
     saved = record([row("nova_kernels", 10, 1.0, 1)])
     path = records.save(saved, tmp_path)
@@ -61,6 +96,10 @@ def test_the_newest_record_counts(tmp_path: Path) -> None:
         records.save(record([], date, commit=commit), tmp_path)
     found = records.newest("packing", tmp_path)
     assert found is not None and found[0].endswith("-a.json")
+    assert records.newest("packing", tmp_path, "cuda") is None
+    records.save(record([], "2026-01-01T00:00:00Z", device="cuda", gpu="G"), tmp_path)
+    found = records.newest("packing", tmp_path, "cuda")
+    assert found is not None and found[0] == "packing-g-abc-dirty.json"
 
 
 def test_times_have_three_digits_and_ratios_compare_the_same_input() -> None:
@@ -105,8 +144,14 @@ def test_blocks_are_rewritten_and_stale_ones_found(house: Path) -> None:
 
 def test_a_page_that_asks_for_an_unknown_table_is_refused(house: Path) -> None:
     (house / "README.md").write_text("<!-- benchmarks: packing-plans -->\n<!-- /benchmarks -->\n")
-    with pytest.raises(SystemExit, match=r"README\.md: no table 'packing-plans' in the records; there are packing-cap"):
+    with pytest.raises(SystemExit, match=r"README\.md: no table 'packing-plans' in the records; there are logprob-cr"):
         list(stale(house, write=False))
+
+
+def test_a_table_that_has_no_record_says_how_to_get_one(house: Path) -> None:
+    (house / "README.md").write_text("<!-- benchmarks: logprob-kl-cuda -->\n<!-- /benchmarks -->\n")
+    assert "README.md" in list(stale(house, write=True))
+    assert "Not yet measured. `python -m benchmarks logprob --device cuda`" in (house / "README.md").read_text()
 
 
 def test_the_documentation_is_what_the_records_say() -> None:
@@ -125,7 +170,7 @@ def test_the_command_line_names_every_op() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert ops() == ["packing"]
+    assert ops() == ["logprob", "packing", "topk_kl"]
     assert all(name in shown for name in [*ops(), "tables", "--check"])
 
 
@@ -177,7 +222,9 @@ def our_cases(measure: Callable[..., None]) -> Iterator[None]:
                 yield bench_packing.bench_collate(measure, collator, kind)
 
 
-def test_our_own_cases_are_right_and_fill_every_table(measure: Callable[..., None], rows: list[dict[str, Any]]) -> None:
+def test_our_own_packing_cases_are_right_and_fill_every_table(
+    measure: Callable[..., None], rows: list[dict[str, Any]]
+) -> None:
     for _ in our_cases(measure):
         assert rows, "a case that measured nothing"
     whole = record(rows)
@@ -195,15 +242,91 @@ def test_chat_lengths_are_those_of_the_documentation() -> None:
     assert bench_packing.batch_of("lists")[0]["labels"][0] == -100
 
 
-def test_the_protocol_runs_and_names_no_host(tmp_path: Path) -> None:
-    pytest.importorskip("pytest_benchmark")
-    raw = tmp_path / "raw.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/bench_packing.py", "--quick", f"--benchmark-json={raw}"]
-    command += ["-q", "-k", "collate and nova_kernels-numpy"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not a worker
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout + run.stderr
-    trimmed = records.trim(json.loads(raw.read_text()), "packing", {})
-    assert [row["kind"] for row in trimmed["rows"]] == ["numpy int32", "numpy int64"]
-    assert all(0 < row["seconds_min"] <= row["seconds_median"] and row["limit_share"] > 0 for row in trimmed["rows"])
-    assert trimmed["machine"]["threads"] == 1 and os.uname().nodename not in raw.read_text()
+def runs_here(way: Way) -> bool:
+    """Without a compiler, and not interpreted: that is what the kernels' own tests do."""
+    plain = way.package == "torch" and not way.compiled
+    return plain or (way.ours and not way.name.endswith(("triton", "cuda")))
+
+
+class Attempt(AbstractContextManager[None]):
+    """What goes wrong is raised, but for what cannot run here: nothing of ours, nor of PyTorch alone, may go wrong."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        return isinstance(error, Exception) and not_here(error) is not None
+
+
+@pytest.fixture
+def attempt() -> Callable[..., Attempt]:
+    return lambda *, ours, **facts: Attempt()
+
+
+def check_tables(tables: Any, whole: dict[str, Any]) -> None:
+    for name, write in tables.blocks("x.json", whole).items():
+        text = write()
+        assert name.endswith("-cpu") and text.count("\n| ") > 2 and "nan" not in text, f"{name}:\n{text}"
+
+
+def test_our_own_top_k_cases_are_right_and_fill_every_table(
+    measure: Callable[..., None], attempt: Any, rows: list[dict[str, Any]]
+) -> None:
+    for name, cases in bench_topk_kl.CASES.items():
+        for way, what, size in cases("cpu", True):
+            if runs_here(way):
+                getattr(bench_topk_kl, name)(measure, attempt, way, what, size)
+    assert {row["step"] for row in records.select(rows, case="kl")} == {"forward", "sparse", "dense"}
+    assert all(row["error"] < 0.01 for row in rows if "error" in row)
+    check_tables(topk_kl_tables, record(rows))
+
+
+def test_our_own_logprob_cases_are_right_and_fill_every_table(
+    measure: Callable[..., None], attempt: Any, rows: list[dict[str, Any]]
+) -> None:
+    for work, way, step, size in bench_logprob.cases("cpu", True):
+        if runs_here(way):
+            bench_logprob.bench_logprob(measure, attempt, work, way, step, size)
+    assert {row["case"] for row in rows} == set(bench_logprob.WORK)
+    assert all(row["error"] < 1e-4 for row in rows)
+    check_tables(logprob_tables, record(rows))
+
+
+def test_a_wrong_result_is_not_timed(measure: Callable[..., None], rows: list[dict[str, Any]], attempt: Any) -> None:
+    size = lm_inputs.Size(8, 50, 4, torch.float32, "cpu", k=5)
+    wrong = [
+        (
+            bench_topk_kl.bench_select,
+            "five",
+            lambda logits, k: (logits[:, :k].long(), logits[:, :k]),
+            "not the largest",
+        ),
+        (
+            bench_topk_kl.bench_divergence,
+            "dense",
+            lambda logits, ref: logits.sum(dim=1),
+            "error .* relative to float64",
+        ),
+        (bench_topk_kl.bench_linear, "both", lambda h, w, ref: (h @ w.t()).sum(dim=1), "error .* relative to float64"),
+    ]
+    for bench, what, run, message in wrong:
+        with pytest.raises(AssertionError, match=message):
+            bench(measure, attempt, Way("wrong", run, "nova-kernels"), what, size)
+    assert rows == []
+
+
+def test_tables_of_a_gpu_say_what_failed_and_what_could_not_run() -> None:
+    size = {"n": 8192, "v": 151_936, "h": 4096, "dtype": "bf16"}
+    times = {"seconds_min": 0.05, "seconds_median": 0.06, "rounds": 5, "extra_bytes": 999_000_000, "limit_share": 0.86}
+    rows = [
+        {"case": work, "impl": impl, "step": "both", **size, **facts}
+        for work in bench_logprob.WORK
+        for impl, facts in (
+            ("nova_kernels", {**times, "error": 0.0021}),
+            ("PyTorch", {"failed": "out of memory"}),
+            ("Liger", {**times, "seconds_median": 0.72, "error": 0.004}),
+        )
+    ]
+    whole = record(rows, device="cuda", gpu="NVIDIA H200") | {"left_out": {"cross-entropy: CCE": "No module"}}
+    text = logprob_tables.blocks("x.json", whole)["logprob-cross-entropy-cuda"]()
+    assert "| nova_kernels |  |  | 60.0 ms |  | 86 % | 999 MB | 2e-03 |" in text
+    assert "| PyTorch |  |  | out of memory |  | out of memory | out of memory | out of memory |" in text
+    assert "| Liger |  |  | 720 ms | 12x | 86 % | 999 MB | 4e-03 |" in text
+    assert "Not run here: CCE." in text and "NVIDIA H200; torch 2" in text
