@@ -59,11 +59,25 @@ def sizes_table(record: Record) -> str:
     return text
 
 
+def summary_table(record: Record) -> str:
+    """Forward + backward of the two works that training does, for the front page."""
+    rows = select(record["rows"], step="both")
+    works = ("cross-entropy", "logprobs + kl")
+    columns: dict[str, Column] = {}
+    for work in works:
+        main = main_size(select(rows, case=work))
+        columns[f"{work}: time"] = written(time_of, case=work, **main)
+        columns["extra memory" + " " * works.index(work)] = written(memory_of, case=work, **main)
+    kept = [row for row in rows if row["impl"] == OURS or not row["impl"].startswith(OURS)]
+    return f"Forward + backward, {size_of(rows[0])} (N x V x H), {rows[0]['dtype']}.\n\n{of_ways(kept, columns)}"
+
+
 BLOCKS: dict[str, Callable[[Record], str]] = {
     "logprob-cross-entropy-{device}": lambda record: work_table(record, "cross-entropy"),
     "logprob-logprobs-{device}": lambda record: work_table(record, "logprobs"),
     "logprob-kl-{device}": lambda record: work_table(record, "logprobs + kl"),
     "logprob-sizes-{device}": sizes_table,
+    "logprob-summary-{device}": summary_table,
 }
 
 

@@ -30,9 +30,10 @@ def union_table(record: Record) -> str:
         for share in trained[:-1]
     ]
     model = record["model"]
+    parameters, seen = (f"{model[name] / 1e6:.1f} M" for name in ("parameters", "tokens_seen"))
     return (
         f"Rows of the weight that a block of tokens needs (mean), K = {KEPT} of V = {model['vocabulary']:,}:\n"
-        f"a model of {model['parameters'] / 1e6:.1f} M parameters, trained on {model['tokens_seen'] / 1e6:.1f} M tokens.\n\n"
+        f"a model of {parameters} parameters that saw {seen} tokens.\n\n"
         + table(["tokens of a block", *map(str, sizes)], lines)
     )
 

@@ -104,6 +104,11 @@ def why_not_cuda(device: torch.device) -> str | None:
     """Why the CUDA library cannot run on tensors of this device; None if it is there and they are on a GPU."""
     if device.type != "cuda":
         return f"CUDA kernels run on CUDA, the tensors are on {device.type}"
+    return why_no_cuda_library()
+
+
+def why_no_cuda_library() -> str | None:
+    """Why the CUDA library is not here, whatever the device; None if it is."""
     library = _cuda()
     return library if isinstance(library, str) else None
 

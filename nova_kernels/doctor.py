@@ -67,6 +67,8 @@ def versions() -> list[str]:
         except importlib.metadata.PackageNotFoundError:
             lines.append(f"{name} not installed")
     lines += [f"{device}: {torch.cuda.get_device_name(device)}" for device in devices() if device != "cpu"]
+    lines.append(f"C++ extension: {backend.why_not_native() or 'built'}")
+    lines.append(f"CUDA library: {backend.why_no_cuda_library() or 'built'}")
     variable = backend.ENVIRONMENT_VARIABLE
     return [*lines, f"{variable} {os.environ.get(variable) or 'not set'}"]
 

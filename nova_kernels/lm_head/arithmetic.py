@@ -36,8 +36,11 @@ def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
 
 
 def tile_shape(num_rows: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
-    """Rows and columns of a block within the bound: all rows, unless the block were narrower than NARROWEST."""
-    elements = chunk_elements(device)
+    """Rows and columns of a block of the backward: all rows, unless it were narrower than NARROWEST.
+
+    Within the bound on a CPU; half of it elsewhere, where a second block holds the gradient in 16 bits.
+    """
+    elements = chunk_elements(device) if device.type == "cpu" else chunk_elements(device) // 2
     columns = min(vocabulary, max(elements // max(1, num_rows), min(NARROWEST, elements)))
     return max(1, min(num_rows, elements // max(1, columns))), columns
 
