@@ -40,6 +40,16 @@ def next_token_targets(labels: Tensor) -> Tensor:
     return torch.cat([labels[0, 1:], labels.new_full((1,), IGNORE_INDEX)])
 
 
+def predicted_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [R, H] of a packed row [T, H] where they predict a trained token, and those tokens int64 [R].
+
+    Labels [1, T] of a batch stay on the CPU: no GPU is waited for to know how many there are.
+    """
+    targets = next_token_targets(labels)
+    places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    return hidden.index_select(0, places.to(hidden.device)), targets[places].to(hidden.device)
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
     """Per-token terms of the clipped policy loss, all [n]."""

@@ -26,7 +26,7 @@ from nova_train.chat import Chat
 from nova_train.config import ConfigError
 from nova_train.datasets import read_rows
 from nova_train.loader import samples_fingerprint
-from nova_train.losses import next_token_targets
+from nova_train.losses import predicted_tokens
 from nova_train.model import Arithmetic, hidden_states, lm_head, load_model_config
 from nova_train.samples import OnBadRow, Overlong, Sample, sft_samples
 
@@ -56,8 +56,7 @@ class ReferenceOptions(Arithmetic, Protocol):
 def top_k_of(model: PreTrainedModel, packed: PackedBatch, k: int, temperature: float) -> TopK:
     """The model's top K at every trained position of a packed row, [R, K] on the model's device."""
     head = lm_head(model)
-    hidden = hidden_states(model, packed)
-    hidden = hidden[(next_token_targets(packed.labels) != IGNORE_INDEX).to(hidden.device)]
+    hidden, _ = predicted_tokens(hidden_states(model, packed), packed.labels)
     return linear_topk_select(hidden, head.weight, k, temperature=temperature, **head.kwargs())
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from nova_train.losses import bradley_terry, clipped_policy_loss, next_token_targets, score_error
+from nova_train.losses import bradley_terry, clipped_policy_loss, next_token_targets, predicted_tokens, score_error
 
 
 def test_bradley_terry_is_the_negative_log_of_the_preference_probability() -> None:
@@ -53,3 +53,10 @@ def test_overflow_of_the_ratio_stays_finite() -> None:
 def test_targets_are_the_labels_of_the_next_position() -> None:
     labels = torch.tensor([[-100, 5, 6, -100, 8]])
     assert next_token_targets(labels).tolist() == [5, 6, -100, 8, -100]
+    hidden = torch.arange(10.0).view(5, 2).requires_grad_()
+    kept, tokens = predicted_tokens(hidden, labels)
+    assert torch.equal(kept, hidden[[0, 1, 3]]) and tokens.tolist() == [5, 6, 8]
+    kept.sum().backward()
+    assert hidden.grad is not None and hidden.grad[:, 0].tolist() == [1, 1, 0, 1, 0]
+    none, nothing = predicted_tokens(hidden, torch.full_like(labels, -100))
+    assert none.shape == (0, 2) and nothing.shape == (0,)

@@ -23,7 +23,7 @@ def topk_select(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """ids int32 [n, K] ascending (-1 unused) and values [n, K] of logits float32 or float64 [n, V]; see reference."""
     threshold = _kth_largest(logits, k)
     candidates = _positions(logits >= threshold)
-    ids = _one_choice(candidates, *logits.shape, k)
+    ids = _one_choice(candidates, len(logits), logits.shape[1], k)
     if ids is not None and bool((threshold > -torch.inf).all()):
         return ids.int(), logits.gather(1, ids)
     ids = _first_ties(logits, threshold.squeeze(1), candidates, k)

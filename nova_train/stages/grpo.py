@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nova_kernels.logprob import linear_logprobs
-from nova_kernels.packing import IGNORE_INDEX
 from nova_kernels.topk_kl import TopK, TopKReferenceCache, linear_topk_kl_div
 from nova_train import kl as kl_penalty
 from nova_train import loop
@@ -37,7 +36,7 @@ from nova_train.datasets import read_rows
 from nova_train.evaluate import mean_rewards
 from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch
 from nova_train.loader import PackedLoader, ShuffledLoader
-from nova_train.losses import clipped_policy_loss, next_token_targets
+from nova_train.losses import clipped_policy_loss, predicted_tokens
 from nova_train.model import (
     check_head,
     end_generation_at,
@@ -149,12 +148,10 @@ class PolicyObjective:
         return {"policy": batch.count, "kl": batch.count}
 
     def terms(self, batch: RolloutBatch | PTXBatch) -> loop.LossTerms:
-        hidden = hidden_states(self.model, batch.packed)
-        targets = next_token_targets(batch.packed.labels).to(hidden.device)
-        active = targets != IGNORE_INDEX
+        hidden, targets = predicted_tokens(hidden_states(self.model, batch.packed), batch.packed.labels)
         if isinstance(batch, PTXBatch):
-            return self._ptx_terms(hidden[active], batch.ref)
-        return self._policy_terms(hidden[active], targets[active], batch)
+            return self._ptx_terms(hidden, batch.ref)
+        return self._policy_terms(hidden, targets, batch)
 
     def _ptx_terms(self, hidden: Tensor, ref: TopK) -> loop.LossTerms:
         head, ref = lm_head(self.model), ref.to(hidden.device)
@@ -174,6 +171,7 @@ class PolicyObjective:
             ref=ref,
             temperature=config.temperature,
             tail=config.kl_tail,
+            ignore_index=None,
             **head.kwargs(),
         )
         kl = torch.zeros_like(out.entropy) if out.kl is None else out.kl

@@ -22,7 +22,7 @@ from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import Row, read_rows
 from nova_train.loader import PackedLoader
-from nova_train.losses import next_token_targets
+from nova_train.losses import predicted_tokens
 from nova_train.model import check_head, end_generation_at, hidden_states, lm_head, load_causal_lm, load_tokenizer
 from nova_train.samples import sft_samples
 
@@ -57,9 +57,8 @@ class NextToken:
 
     def terms(self, batch: PackedBatch) -> loop.LossTerms:
         head = lm_head(self.model)
-        hidden = hidden_states(self.model, batch)
-        targets = next_token_targets(batch.labels).to(hidden.device)
-        losses = linear_cross_entropy(hidden, head.weight, targets, **head.kwargs())
+        hidden, targets = predicted_tokens(hidden_states(self.model, batch), batch.labels)
+        losses = linear_cross_entropy(hidden, head.weight, targets, ignore_index=None, **head.kwargs())
         return loop.LossTerms(sums={"sft": losses.sum()})
 
 
