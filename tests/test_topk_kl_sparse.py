@@ -43,7 +43,10 @@ def triton_kernels() -> SimpleNamespace:
 
     def backward(*case: Tensor, needs_hidden: bool, needs_weight: bool) -> tuple[Tensor | None, Tensor | None]:
         by_hidden = kernels.hidden_gradient(*case) if needs_hidden else None
-        return by_hidden, kernels.weight_gradient(*case) if needs_weight else None
+        if not needs_weight:
+            return by_hidden, None
+        pairs = gather.sorted_pairs(case[2], len(case[1]))
+        return by_hidden, kernels.weight_gradient(case[0], case[1], case[3], *pairs)
 
     return SimpleNamespace(kept_logits=kernels.kept_logits, backward=backward)
 

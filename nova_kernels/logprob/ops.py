@@ -230,29 +230,9 @@ def linear_logprobs_backward(
 
 @linear_logprobs_backward.register_fake
 def _(
-    by_logprob: Tensor | None,
-    by_kl: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ids: Tensor | None,
-    by_kept: Tensor,
-    by_lse: Tensor,
-    maximum: Tensor,
-    total: Tensor,
-    exponentials: Tensor,
-    softcap: float | None,
-    vocabulary: int,
-    temperature: float,
-    ignore_index: int | None,
-    factors: torch.dtype,
-    group: str | None,
-    vocab_start: int,
-    in_triton: bool,
-    needed: list[bool],
+    by_logprob: Tensor | None, by_kl: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return walk.fake_gradients(hidden, weight, bias, needed)
+    return walk.fake_gradients(hidden, weight, bias, needed=rest[-1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

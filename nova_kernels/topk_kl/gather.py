@@ -40,7 +40,8 @@ def kept_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         ModuleNotFoundError: CUDA tensors without triton (see backend.why_not_triton).
     """
     if hidden.is_cuda:
-        kept: Tensor = _kernels().kept_logits(hidden, weight, ids)
+        with torch.cuda.device_of(hidden):
+            kept: Tensor = _kernels().kept_logits(hidden, weight, ids)
         return kept
     dtype = lm_head.arithmetic_dtype(hidden, weight)
     kept = hidden.new_empty(ids.shape, dtype=dtype)
@@ -65,10 +66,12 @@ def backward(
     """
     if hidden.is_cuda:
         kernels = _kernels()
-        return (
-            kernels.hidden_gradient(hidden, weight, ids, by_kept) if needs_hidden else None,
-            kernels.weight_gradient(hidden, weight, ids, by_kept) if needs_weight else None,
-        )
+        with torch.cuda.device_of(hidden):
+            pairs = sorted_pairs(ids, len(weight)) if needs_weight else ()
+            return (
+                kernels.hidden_gradient(hidden, weight, ids, by_kept) if needs_hidden else None,
+                kernels.weight_gradient(hidden, weight, by_kept, *pairs) if needs_weight else None,
+            )
     by_kept = by_kept.to(lm_head.arithmetic_dtype(hidden, weight)).masked_fill(ids < 0, 0.0)
     return (
         _hidden_gradient(weight, ids, by_kept) if needs_hidden else None,

@@ -18,7 +18,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nova_kernels.lm_head import arithmetic_dtype
-from nova_kernels.topk_kl.gather import sorted_pairs
 
 K_BLOCK = 16  # rows of W, or pairs, that a program has in flight
 H_BLOCK = 256
@@ -140,16 +139,15 @@ def hidden_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, by_kept: Tensor
     return dhidden
 
 
-def weight_gradient(hidden: Tensor, weight: Tensor, ids: Tensor, by_kept: Tensor) -> Tensor:
-    """dweight of gather.backward."""
+def weight_gradient(hidden: Tensor, weight: Tensor, by_kept: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """dweight of gather.backward, from by_kept [N, K] and gather.sorted_pairs."""
     hidden, by_kept = _unit_rows(hidden), by_kept.contiguous()
-    order, starts = sorted_pairs(ids, len(weight))
     dweight = weight.new_empty(weight.shape)
     vocabulary, width = weight.shape
     if dweight.numel():
-        blocks = _blocks(max(1, ids.numel()), width)
+        blocks = _blocks(by_kept.numel(), width)
         grid = (vocabulary, triton.cdiv(width, blocks["H_BLOCK"]))
-        args = (hidden, by_kept, order, starts, dweight, max(1, ids.shape[1]), width, hidden.stride(0))
+        args = (hidden, by_kept, order, starts, dweight, max(1, by_kept.shape[1]), width, hidden.stride(0))
         _weight_gradient[grid](*args, SUM=_triton(arithmetic_dtype(hidden, weight)), **blocks)
     return dweight
 

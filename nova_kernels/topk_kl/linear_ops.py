@@ -224,26 +224,9 @@ def linear_topk_kl_div_backward(
 
 @linear_topk_kl_div_backward.register_fake
 def _(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    mask: Tensor | None,
-    by_kept: Tensor,
-    by_lse: Tensor,
-    maximum: Tensor,
-    total: Tensor,
-    softcap: float | None,
-    vocabulary: int,
-    temperature: float,
-    factors: torch.dtype,
-    group: str | None,
-    vocab_start: int,
-    backend: str,
-    needed: list[bool],
+    upstream: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return walk.fake_gradients(hidden, weight, bias, needed)
+    return walk.fake_gradients(hidden, weight, bias, needed=rest[-1])
 
 
 def _bias_gradient(bias: Tensor, ids: Tensor, by_kept: Tensor) -> Tensor:
