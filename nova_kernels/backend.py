@@ -138,9 +138,9 @@ def why_not_triton(device: torch.device) -> str | None:
     return f"Triton kernels run on CUDA, the tensors are on {device.type}"
 
 
-def runs_triton(device: torch.device) -> bool:
-    """Whether a step inside an op takes its Triton kernel: wherever one can run, but not interpreted."""
-    return device.type == "cuda" and why_not_triton(device) is None
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a step inside an op takes its Triton kernel: where one can run, not interpreted, not in float64."""
+    return device.type == "cuda" and dtype != torch.float64 and why_not_triton(device) is None
 
 
 def asked_for(requested: str | None, name: str) -> bool:

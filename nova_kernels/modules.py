@@ -109,7 +109,7 @@ class LinearCrossEntropyLoss(_Loss):
     def __init__(
         self,
         *,
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         temperature: float = 1.0,
         softcap: float | None = None,
         vocab_size: int | None = None,
@@ -133,4 +133,4 @@ class LinearCrossEntropyLoss(_Loss):
             ignore_index=self.ignore_index,
             backend=self.backend,
         )
-        return self.reduced(losses, labels != self.ignore_index)
+        return self.reduced(losses, None if self.ignore_index is None else labels != self.ignore_index)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from nova_kernels import BackendUnavailableError, TopK, lm_head
-from nova_kernels.topk_kl import linear_ops, linear_topk_kl_div, linear_topk_select
-from numerics import OpWatch, undecorate
+from nova_kernels.topk_kl import dense, linear_ops, linear_topk_kl_div, linear_topk_select, topk_kl_div, union
+from numerics import OpWatch, assert_as_accurate, undecorate
 
 DIRECTIONS = pytest.mark.parametrize("direction", ["policy_ref", "ref_policy"])
 TAILS = pytest.mark.parametrize("tail", ["none", "bucket"])
@@ -153,3 +154,66 @@ def test_linear_refusals() -> None:
             ValueError, match="linear_topk_kl_div: reference id 41 is beyond the policy's vocabulary of 41"
         ):
             linear_topk_kl_div(hidden, weight, beyond, backend=backend)
+
+
+@pytest.mark.parametrize("path", [dense, union], ids=["dense", "union"])
+@pytest.mark.parametrize("common", [0.0, 8.0])
+def test_rounded_gradients_do_not_show_what_all_rows_share(path: ModuleType, common: float) -> None:
+    """bfloat16 products round a gradient whose rows sum to 0; what all rows of W have in common still stays out."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, shared = torch.randn(40, 32, generator=generator), torch.randn(32, generator=generator)
+    weight = (torch.randn(300, 32, generator=generator) + common * shared).bfloat16()
+    ids = torch.stack([torch.randperm(300, generator=generator)[:64].sort().values for _ in range(40)]).int()
+    ids[3, 60:] = -1
+    by_kept = torch.randn(40, 64, generator=generator).masked_fill(ids < 0, 0.0)
+    by_kept -= by_kept.sum(1, keepdim=True) / (ids >= 0).sum(1, keepdim=True) * (ids >= 0)
+    needs = {"needs_hidden": True, "needs_weight": True}
+    truth = path.backward(hidden.bfloat16().double(), weight.double(), ids, by_kept.double(), **needs)
+    plain = path.backward(hidden.bfloat16().float(), weight.float(), ids, by_kept, **needs)
+    actual = path.backward(hidden.bfloat16(), weight, ids, by_kept, **needs)
+    for found, peer, exact, dtype in zip(actual, plain, truth, (torch.bfloat16, torch.bfloat16), strict=True):
+        assert_as_accurate(found.to(dtype), peer.to(dtype), exact)
+
+
+def test_compiles_where_the_number_of_tokens_varies() -> None:
+    """Under dynamic shapes, by the rule and by name."""
+    torch.compiler.reset()
+    weight = torch.randn(60, 6)
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def run(hidden: Tensor, ids: Tensor, values: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        ref = TopK(ids=ids, values=values, lse=lse)
+        return linear_topk_kl_div(hidden, weight, ref), linear_topk_kl_div(hidden, weight, ref, backend="dense")
+
+    for num_rows in (5, 9, 70):
+        hidden = torch.randn(num_rows, 6, requires_grad=True)
+        ref = linear_topk_select(torch.randn(num_rows, 6), weight, 7)
+        by_rule, by_name = run(hidden, ref.ids, ref.values, ref.lse)
+        torch.testing.assert_close(by_rule, by_name)
+        torch.autograd.grad(by_rule.sum() + by_name.sum(), hidden)
+
+
+@pytest.mark.parametrize("backend", ["dense", "union", "gather", "reference"])
+def test_references_that_are_odd(backend: str) -> None:
+    """Unused slots anywhere, values in them, and rows that are masked out and hold nothing but NaN."""
+    hidden, weight, _, ref_hidden = make_head()
+    ref = linear_topk_select(ref_hidden, weight, 8)
+    ids, values = ref.ids.clone(), ref.values.clone()
+    ids[0, 2], ids[1, 0], values[1, 5] = -1, -1, -math.inf
+    odd = TopK(ids=ids, values=values, lse=ref.lse)
+    cleaned = TopK(ids=ids, values=values.masked_fill(ids < 0, -math.inf), lse=ref.lse)
+    expected = linear_topk_kl_div(hidden, weight, cleaned, backend="reference")
+    torch.testing.assert_close(linear_topk_kl_div(hidden, weight, odd, backend=backend), expected)
+    logits = hidden @ weight.t()
+    torch.testing.assert_close(topk_kl_div(logits, odd, backend="sparse"), expected)
+
+    broken = hidden.detach().masked_fill(~MASK.unsqueeze(1), math.nan).requires_grad_()
+    elsewhere = TopK(ids=ids.masked_fill(~MASK.unsqueeze(1), 10**6), values=values, lse=ref.lse)
+    kl = linear_topk_kl_div(broken, weight, elsewhere, mask=MASK, backend=backend)
+    torch.testing.assert_close(kl, expected.where(MASK, 0.0))
+    for gradient in torch.autograd.grad(kl.sum(), [broken, weight]):
+        assert gradient.isfinite().all()
+    with pytest.raises(ValueError, match="reference id -5 is no id; unused slots bear -1"):
+        linear_topk_kl_div(hidden, weight, TopK(ids=ids - 4, values=values, lse=ref.lse), backend=backend)
+    with pytest.raises(ValueError, match=r"values must be float32 or float64, got torch.int64; use .float\(\)"):
+        TopK(ids=ids, values=values.long(), lse=ref.lse)

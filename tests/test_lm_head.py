@@ -42,11 +42,12 @@ def test_chunks_cover_the_rows() -> None:
 def test_blocks_of_the_backward() -> None:
     """All rows and as many columns as the bound allows; fewer rows where columns would become too few."""
     cpu = torch.device("cpu")
-    assert lm_head.arithmetic.tile_shape(2048, 50_000, cpu) == (2048, 2048)
-    assert lm_head.arithmetic.tile_shape(100, 500, cpu) == (100, 500)
-    assert lm_head.arithmetic.tile_shape(100_000, 50_000, cpu) == (4096, 1024)
-    assert lm_head.arithmetic.tile_shape(8192, 151_936, torch.device("cuda")) == (8192, 8192)
-    assert lm_head.arithmetic.tile_shape(0, 7, cpu) == (1, 7)
+    assert lm_head.arithmetic.tile_shape(2048, 50_000, 4096, cpu) == (2048, 2048)
+    assert lm_head.arithmetic.tile_shape(100, 500, 4096, cpu) == (100, 500)
+    assert lm_head.arithmetic.tile_shape(100_000, 50_000, 64, cpu) == (4096, 1024)
+    assert lm_head.arithmetic.tile_shape(8192, 151_936, 4096, torch.device("cuda")) == (8192, 8192)
+    assert lm_head.arithmetic.tile_shape(256, 151_936, 4096, torch.device("cuda")) == (256, 16_384)
+    assert lm_head.arithmetic.tile_shape(0, 7, 4, cpu) == (1, 7)
 
 
 @pytest.mark.parametrize(("bias", "softcap", "vocab_size"), HEADS)

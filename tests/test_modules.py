@@ -52,6 +52,9 @@ def test_reductions() -> None:
     torch.testing.assert_close(TopKKLDivLoss(reduction="sum")(logits, ref, MASK), kl.sum())
     assert TopKKLDivLoss()(logits, ref, torch.zeros(4, dtype=torch.bool)) == 0
     assert TopKKLDivLoss()(logits[:0], ref[:0]) == 0
+    hidden, weight, labels = torch.randn(4, 3), torch.randn(10, 3), torch.tensor([1, 2, 3, 4])
+    mean = linear_cross_entropy(hidden, weight, labels).mean()
+    torch.testing.assert_close(LinearCrossEntropyLoss(ignore_index=None)(hidden, weight, labels), mean)
 
 
 def test_options_are_shown_and_checked() -> None:

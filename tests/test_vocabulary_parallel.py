@@ -91,6 +91,8 @@ def refusals(part: slice, group: dist.ProcessGroup) -> list[str]:
         lambda: linear_topk_kl_div(hidden, weight[part], beyond, group=group, vocab_start=part.start),
         lambda: linear_topk_select(hidden, weight[part], 200, group=group, vocab_start=part.start),
         lambda: linear_logprobs(hidden, weight[part], TARGETS, vocab_start=3),
+        # all of the second rank is padding
+        lambda: linear_logprobs(hidden, weight[part], TARGETS, group=group, vocab_start=part.start, vocab_size=9),
     ]
     for call in calls:
         try:
@@ -150,10 +152,11 @@ def test_selection_over_ranks_is_the_stable_sort(ranks: list[dict]) -> None:
 
 def test_refusals_over_ranks(ranks: list[dict]) -> None:
     for found in ranks:
-        outside, beyond, k, start = found["refusals"]
+        outside, beyond, k, start, padding = found["refusals"]
         assert "target 44 is outside the vocabulary of 41" in outside
         assert "reference id 45 is beyond the policy's vocabulary of 41" in beyond
-        assert "k must not exceed the vocabulary" in k and "vocab_start 3 without a group" in start
+        assert "k must not exceed the vocabulary of 41, got 200" in k and "vocab_start 3 without a group" in start
+        assert "is outside the vocabulary of 9" in padding
 
 
 def test_parts_of_a_vocabulary_merge() -> None:

@@ -35,12 +35,16 @@ def chunks(num_rows: int, rows_per_chunk: int) -> Iterator[slice]:
         yield slice(start, min(start + rows_per_chunk, num_rows))
 
 
-def tile_shape(num_rows: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
+def tile_shape(num_rows: int, vocabulary: int, width: int, device: torch.device) -> tuple[int, int]:
     """Rows and columns of a block of the backward: all rows, unless it were narrower than NARROWEST.
 
-    Within the bound on a CPU; half of it elsewhere, where a second block holds the gradient in 16 bits.
+    Within the bound on a CPU. Elsewhere a second block holds the gradient in 16 bits and a third [columns, width] some
+    rows of dW in float32: there neither that nor the block has more than half of the bound.
     """
-    elements = chunk_elements(device) if device.type == "cpu" else chunk_elements(device) // 2
+    elements = chunk_elements(device)
+    if device.type != "cpu":
+        elements //= 2
+        vocabulary = min(vocabulary, max(elements // max(1, width), NARROWEST))
     columns = min(vocabulary, max(elements // max(1, num_rows), min(NARROWEST, elements)))
     return max(1, min(num_rows, elements // max(1, columns))), columns
 
@@ -100,11 +104,13 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def kept_rows(keep: Tensor | None) -> Tensor | None:
-    """Indices int64 [n] of the True rows of `keep` [N], or None if that is all of them.
+    """Indices int64 [n] of the True rows of `keep` [N]; None for all of them: if it is None, or on the CPU.
 
     Waits for an accelerator to know how many there are, unless `keep` is None.
     """
-    return None if keep is None or bool(keep.all()) else keep.nonzero().squeeze(1)
+    if keep is None or (keep.device.type == "cpu" and bool(keep.all())):
+        return None
+    return keep.nonzero().squeeze(1)
 
 
 def take(values: Tensor, rows: Tensor | None) -> Tensor:
@@ -122,3 +128,23 @@ def spread(values: Tensor, rows: Tensor | None, num_rows: int) -> Tensor:
 def joined(parts: Sequence[Any]) -> Any:
     """The rows of all parts, or None where they are None."""
     return None if parts[0] is None else torch.cat(list(parts))
+
+
+def gradient_dtype(factors: torch.dtype, sums: torch.dtype) -> torch.dtype:
+    """The dtype in which dL/d(products) is multiplied: bfloat16 beside bfloat16 factors of float32 sums, else `sums`.
+
+    Not float16, whose range small probabilities leave.
+    """
+    return factors if (factors, sums) == (torch.bfloat16, torch.float32) else sums
+
+
+def lost_in_rounding(by_kept: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What the sum over each row's kept entries loses when they are rounded to `dtype`, [n, 1]; None if nothing.
+
+    A row of dKL/dz sums to 0, so that what all rows of W have in common has no part in dh. Rounded entries sum to the
+    rounding, and a large common part then shows: it is put right by this times a mean row of W.
+    """
+    if dtype == by_kept.dtype:
+        return None
+    entries = by_kept.masked_fill(ids < 0, 0.0)
+    return (entries - entries.to(dtype).to(by_kept.dtype)).sum(dim=1, keepdim=True)

@@ -47,7 +47,8 @@ def end_of_vocabulary(
     """The first id that no rank has: as a tensor on `device` if ranks have to tell each other."""
     if group is None:
         return vocabulary
-    end = torch.full((), vocab_start + vocabulary, device=device)
+    own = vocab_start + vocabulary if vocabulary > 0 else 0  # a rank may hold padding alone
+    end = torch.full((), own, device=device)
     dist.all_reduce(end, dist.ReduceOp.MAX, group)
     return end
 

@@ -109,7 +109,7 @@ def backward(
     dhidden = torch.zeros_like(hidden, dtype=head.sums) if needed[0] else None
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needed[1] else None
     dbias = torch.zeros_like(bias, dtype=head.sums) if bias is not None and needed[2] else None
-    num_rows, columns = arithmetic.tile_shape(len(hidden), head.vocabulary, hidden.device)
+    num_rows, columns = arithmetic.tile_shape(len(hidden), head.vocabulary, hidden.shape[1], hidden.device)
     buffer = head.weight.new_empty(num_rows * columns, dtype=head.sums)
     for part in arithmetic.chunks(head.vocabulary, columns):
         block_head, block_terms = head.columns(part), terms.columns(part.start)
@@ -165,8 +165,7 @@ def _block_gradient(
 ) -> Tensor:
     """g [n, V] of a block, in the dtype in which it is multiplied."""
     products = memory if terms.scale is None else arithmetic.product(hidden, head.weight.t(), out=memory)
-    # Gradients leave the range of float16 where probabilities are small.
-    dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else head.sums
+    dtype = arithmetic.gradient_dtype(head.weight.dtype, head.sums)
     if not in_triton:
         return rows.row_gradient(products, head, temperature, terms).to(dtype)
     out = products if dtype == products.dtype else torch.empty_like(products, dtype=dtype)

@@ -47,7 +47,7 @@ def terms_of(
     check_temperature(where, temperature)
     check_shape(where, hidden, targets)
     if ref is not None:
-        everywhere = vocabulary if group is None else weight.shape[0] * group.size()
+        everywhere = vocabulary if group is None else max(vocabulary, ref.k)
         check_divergence(where, ref, hidden.shape[:1], everywhere, temperature, direction, tail)
     name = choose(where, backend, backends(hidden, weight, group))
     if name == "reference":

@@ -74,8 +74,9 @@ def linear_logprobs(
     end = parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, hidden.device)
     check_targets(targets, end, ignore_index)
     local_ids = None
-    if ids is not None:
+    if ids is not None and values is not None:
         check_ids("linear_logprobs", ids := take(ids, rows), end)
+        values = take(values, rows).masked_fill(ids < 0, -torch.inf)
         local_ids = parallel.local_ids(ids, vocabulary, vocab_start)
     head = Head.prepare(weight, bias, softcap, vocabulary, factors)
     exponentials = _exponentials(hidden, weight, softcap, vocabulary, group, gradient, in_triton)
@@ -95,7 +96,7 @@ def linear_logprobs(
     if stats.kept is not None and values is not None and lse is not None:
         kl = kept_kl(
             stats.kept,
-            take(values, rows),
+            values,
             temperature,
             direction,
             softcap=softcap,

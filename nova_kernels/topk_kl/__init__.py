@@ -129,7 +129,7 @@ def topk_kl_div_from_logits(
     if tail == "bucket":
         choose(where, backend, only_reference_has_buckets(("cuda", "triton", "sparse")))
     if tail == "bucket" or asked_for(backend, "reference"):
-        ref = topk_select(ref_logits, k, temperature=temperature)
+        ref = topk_select(ref_logits, k, temperature=temperature, backend="reference")
         return topk_kl_div(
             policy_logits,
             ref,

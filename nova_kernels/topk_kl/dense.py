@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nova_kernels.backend import runs_triton
 from nova_kernels.lm_head import Head, RowTerms, walk
+from nova_kernels.lm_head.arithmetic import gradient_dtype, lost_in_rounding
 
 
 def kept_logits(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
@@ -28,6 +29,9 @@ def backward(
         weight=weight,
         bias=None,
         needed=(needs_hidden, needs_weight, False),
-        in_triton=runs_triton(hidden.device),
+        in_triton=runs_triton(hidden.device, hidden.dtype),
     )
+    lost = lost_in_rounding(by_kept, ids, gradient_dtype(hidden.dtype, head.sums))
+    if found.hidden is not None and lost is not None:
+        found.hidden.add_(lost * weight.mean(dim=0, dtype=lost.dtype))
     return found.hidden, found.weight

@@ -16,7 +16,7 @@ class TopK:
     A row with fewer than K entries above -inf ends with `ids = -1`, `values = -inf`; those slots count nowhere.
     """
 
-    ids: Tensor  # int32 [..., K], ascending; -1 in unused slots
+    ids: Tensor  # int32 [..., K], ascending, each once; -1 in unused slots
     values: Tensor  # float32 or float64 [..., K], raw logits: no temperature
     lse: Tensor  # [...], log-sum-exp of logits / temperature over the whole vocabulary
     temperature: float = 1.0  # of lse
@@ -29,6 +29,8 @@ class TopK:
             )
         if self.ids.dtype != torch.int32:
             raise ValueError(f"TopK: ids must be int32, got {self.ids.dtype}; convert with ids.int()")
+        if self.values.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"TopK: values must be float32 or float64, got {self.values.dtype}; use .float()")
         if self.values.requires_grad or self.lse.requires_grad:
             raise ValueError("TopK: the reference requires grad, but no gradient flows to it; detach it")
         check_temperature("TopK", self.temperature)
@@ -74,12 +76,15 @@ def check_temperature(where: str, temperature: float) -> None:
         raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
 
 
-def check_k(where: str, k: int, vocabulary: int) -> None:
-    """Refuse a k that leaves no distribution, or that the vocabulary cannot serve."""
+def check_k(where: str, k: int, vocabulary: int | Tensor) -> None:
+    """Refuse a k that leaves no distribution, or that the vocabulary cannot serve (on CUDA, asynchronously)."""
+    if isinstance(vocabulary, Tensor) and vocabulary.device.type != "cpu":
+        torch._assert_async(vocabulary >= k, f"{where}: k is beyond the vocabulary")
+        return
     if k < 2:
         raise ValueError(f"{where}: k must be at least 2 (over one token the renormalised KL is always 0), got {k}")
-    if k > vocabulary:
-        raise ValueError(f"{where}: k must not exceed the vocabulary of {vocabulary}, got {k}")
+    if k > int(vocabulary):
+        raise ValueError(f"{where}: k must not exceed the vocabulary of {int(vocabulary)}, got {k}")
 
 
 def check_divergence(
@@ -129,7 +134,7 @@ def check_logits(
     if vocab_start < 0 or (vocab_start > 0 and group is None):
         raise ValueError(f"{where}: vocab_start {vocab_start} without a group, or below 0; it is this rank's first id")
     if group is not None:
-        check_k(where, k, vocabulary * group.size())
+        check_k(where, k, max(k, 2))  # all of the vocabulary is known to the op alone
         own = vocabulary if vocab_size is None else max(0, min(vocabulary, vocab_size - vocab_start))
         return logits.detach()[..., :own]
     if vocab_size is not None and not 0 < vocab_size <= vocabulary:
@@ -154,12 +159,15 @@ def check_lse_temperature(where: str, ref: TopK, temperature: float) -> None:
 
 
 def check_ids(where: str, ids: Tensor, vocabulary: int | Tensor) -> None:
-    """Ids int32 [..., K] beyond the vocabulary: an error on the CPU, an asynchronous assertion elsewhere."""
+    """Ids int32 [..., K] outside [-1, vocabulary): an error on the CPU, an asynchronous assertion elsewhere."""
     if ids.numel() == 0:
         return
-    highest = ids.amax()
+    lowest, highest = ids.aminmax()
     if highest.device.type != "cpu":
-        torch._assert_async(highest < vocabulary, f"{where}: a reference id is beyond the policy's vocabulary")
+        inside = (lowest >= -1) & (highest < vocabulary)
+        torch._assert_async(inside, f"{where}: a reference id is outside the policy's vocabulary")
+    elif int(lowest) < -1:
+        raise ValueError(f"{where}: reference id {int(lowest)} is no id; unused slots bear -1")
     elif int(highest) >= int(vocabulary):
         raise ValueError(
             f"{where}: reference id {int(highest)} is beyond the policy's vocabulary of {int(vocabulary)}; "

@@ -60,7 +60,7 @@ def _block(
     in_triton: bool,
 ) -> KeptKL:
     # Whether a slot is unused is cheap to know on the CPU; elsewhere the answer would have to be waited for.
-    padded = kept.device.type != "cpu" or bool((values[:, -1] == -torch.inf).any())
+    padded = kept.device.type != "cpu" or bool((values == -torch.inf).any())
     policy = kept.masked_fill(values == -torch.inf, -torch.inf) if padded else kept
     scaled = policy if temperature == 1.0 else policy / temperature
     mass = scaled.logsumexp(dim=-1) if log_mass else None

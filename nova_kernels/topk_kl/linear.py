@@ -43,7 +43,7 @@ def linear_topk_select(
     where = "linear_topk_select"
     vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size, vocab_start, group)
     check_temperature(where, temperature)
-    check_k(where, k, vocabulary if group is None else weight.shape[0] * group.size())
+    check_k(where, k, vocabulary if group is None else max(k, 2))  # a split vocabulary is known to the op alone
     check_mask(where, mask, hidden.shape[:1])
     hidden = hidden.detach()
     if choose(where, backend, {"dense": None, "reference": parallel.why_not(group)}) == "dense":
@@ -97,13 +97,16 @@ def linear_topk_kl_div(
     """
     where = "linear_topk_kl_div"
     vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size, vocab_start, group)
-    everywhere = vocabulary if group is None else weight.shape[0] * group.size()
+    everywhere = vocabulary if group is None else max(vocabulary, ref.k)
     check_divergence(where, ref, hidden.shape[:1], everywhere, temperature, direction, tail, mask)
     name = choose(where, backend, _backends(hidden, weight, ref.k, vocabulary, tail, group))
     if name == "reference":
-        check_ids(where, ref.ids, vocabulary)
-        logits = lm_head.dense_logits(hidden, weight, bias, softcap, vocabulary)
-        return reference.topk_kl_div(logits, ref.ids, ref.values, ref.lse, temperature, direction, tail, mask)
+        rows = lm_head.kept_rows(mask)
+        kept = ref if rows is None else ref[rows]
+        check_ids(where, kept.ids, vocabulary)
+        logits = lm_head.dense_logits(lm_head.take(hidden, rows), weight, bias, softcap, vocabulary)
+        of_kept = reference.topk_kl_div(logits, kept.ids, kept.values, kept.lse, temperature, direction, tail, None)
+        return lm_head.spread(of_kept, rows, len(hidden))
     kl: Tensor = linear_ops.linear_topk_kl_div(
         hidden,
         weight,

@@ -21,7 +21,7 @@ from nova_kernels.backend import runs_triton
 from nova_kernels.lm_head import Head, RowTerms, arithmetic_dtype, kept_logits, kept_rows, parallel, spread, take, walk
 from nova_kernels.lm_head.rows import log_sum_exp
 from nova_kernels.topk_kl import dense, gather, selection, union
-from nova_kernels.topk_kl.entries import check_ids
+from nova_kernels.topk_kl.entries import check_ids, check_k
 from nova_kernels.topk_kl.kept import kept_kl
 
 PATHS = {"dense": dense, "union": union, "gather": gather}
@@ -51,10 +51,11 @@ def linear_topk_select(
     rows = kept_rows(mask)
     head = Head.prepare(weight, bias, softcap, vocabulary, factors)
     kept = head.hidden(take(hidden, rows))
-    own = k if group is None else min(k, vocabulary)
-    found = selection.select_from_head(kept, head, own, temperature, in_triton=runs_triton(hidden.device))
-    if (ranks := parallel.named(group)) is not None:
-        found = selection.merged(found, k, vocab_start, ranks)
+    ranks = parallel.named(group)
+    check_k("linear_topk_select", k, parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, hidden.device))
+    found = selection.select_from_head(
+        kept, head, k, temperature, in_triton=runs_triton(hidden.device, factors), vocab_start=vocab_start, group=ranks
+    )
     if rows is None:
         return found
     fillings = (-1, -torch.inf, -torch.inf)
@@ -106,8 +107,9 @@ def linear_topk_kl_div(
     ranks, rows = parallel.named(group), kept_rows(mask)
     ids, values, lse = (take(x, rows) for x in (ids, values, lse))
     check_ids("linear_topk_kl_div", ids, parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, ids.device))
+    values = values.masked_fill(ids < 0, -torch.inf)
     ids = parallel.local_ids(ids, vocabulary, vocab_start)
-    in_triton, hidden_kept = runs_triton(hidden.device), take(hidden.detach(), rows).to(factors)
+    in_triton, hidden_kept = runs_triton(hidden.device, factors), take(hidden.detach(), rows).to(factors)
     stats = lses = None
     if tail == "bucket":
         head = Head.prepare(weight, bias, softcap, vocabulary, factors)
@@ -206,7 +208,7 @@ def linear_topk_kl_div_backward(
             weight=weight,
             bias=bias,
             needed=(needed[0], needed[1], needed[2]),
-            in_triton=runs_triton(hidden.device),
+            in_triton=runs_triton(hidden.device, factors),
         )
     else:
         dhidden, dweight = _path(backend, vocabulary).backward(

@@ -16,7 +16,7 @@ from torch import Tensor
 from nova_kernels.backend import choose, runs_triton, why_not_triton
 from nova_kernels.lm_head import arithmetic_dtype, parallel
 from nova_kernels.topk_kl import cuda, selection, sparse, triton
-from nova_kernels.topk_kl.entries import check_ids
+from nova_kernels.topk_kl.entries import check_ids, check_k
 
 
 def backends(policy_logits: Tensor) -> dict[str, str | None]:
@@ -48,8 +48,10 @@ def topk_select(
     ranks = parallel.named(group)
     if ranks is None:
         return selection.select(logits, k, temperature, backend)
+    check_k("topk_select", k, parallel.end_of_vocabulary(logits.shape[1], vocab_start, ranks, logits.device))
     selected = selection.select(logits, min(k, logits.shape[1]), temperature, backend)
-    return selection.merged(selected, k, vocab_start, ranks)
+    ids, values = selection.merged(selected[0], selected[1], k, vocab_start, ranks)
+    return ids, values, parallel.gather(selected[2], ranks).logsumexp(dim=0)
 
 
 @topk_select.register_fake
@@ -73,6 +75,7 @@ def topk_kl_div(
 ) -> tuple[Tensor, Tensor]:
     """KL [n] of logits [n, V] from ids int32 and values [n, K], and by_kept [n, K] ([0] without `gradient`)."""
     check_ids("topk_kl_div", ids, policy_logits.shape[1])
+    values = values.masked_fill(ids < 0, -torch.inf)
     run = triton.topk_kl_div if backend == "triton" else sparse.topk_kl_div
     kl, by_kept = run(policy_logits, ids, values, temperature, direction, mask, gradient=gradient)
     return kl, kl.new_empty(0) if by_kept is None else by_kept
@@ -137,7 +140,7 @@ def topk_kl_div_backward(
     by_kept: Tensor, upstream: Tensor, ids: Tensor, vocabulary: int, dtype: torch.dtype, backend: str | None
 ) -> Tensor:
     """dL/dlogits [n, V] of `dtype` from upstream [n] and by_kept [n, K]."""
-    in_triton = backend == "triton" or (backend != "sparse" and runs_triton(ids.device))
+    in_triton = backend == "triton" or (backend != "sparse" and runs_triton(ids.device, by_kept.dtype))
     run = triton.scatter_kept if in_triton else sparse.scatter_kept
     return run(by_kept, upstream, ids, vocabulary, dtype)
 

@@ -82,4 +82,8 @@ def choose_path(
         "gather": costs.gathered * kept,
         "union": rows * (costs.shared + moved / block) + buffer + costs.wait / (num_tokens * hidden),
     }
-    return min(columns, key=lambda name: columns[name])
+    best = "dense"
+    for name in columns:  # no `min` by key: torch.compile cannot follow it where N is dynamic
+        if columns[name] < columns[best]:
+            best = name
+    return best

@@ -149,7 +149,8 @@ def topk_kl_div(
         kept = topk_kl_div(logits[mask], ids[mask], values[mask], lse[mask], temperature, direction, tail, None)
         return kept.new_zeros(mask.shape).index_put((mask,), kept)
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    policy = kept_logits(logits, ids).to(dtype) / temperature
+    values = values.masked_fill(ids < 0, -torch.inf)
+    policy = kept_logits(logits, ids.masked_fill(values == -torch.inf, -1)).to(dtype) / temperature
     policy_lse = (logits.to(dtype) / temperature).logsumexp(dim=-1) if tail == "bucket" else None
     ref_lse = lse.to(dtype) if tail == "bucket" else None
     kl: Tensor = _KL.apply(policy, policy_lse, values.to(dtype) / temperature, ref_lse, direction)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nova_kernels.backend import why_not_triton
 from nova_kernels.lm_head import Head, arithmetic_dtype, chunk_rows, chunks, kept_logits, parallel, walk
-from nova_kernels.lm_head.rows import gather_inside, log_sum_exp
+from nova_kernels.lm_head.arithmetic import joined
+from nova_kernels.lm_head.rows import RowStats, gather_inside, log_sum_exp
 from nova_kernels.topk_kl import cuda, reference, threshold, triton
 
 Selected = tuple[Tensor, Tensor, Tensor]  # ids int32 [n, K], values [n, K], lse [n]
@@ -23,7 +24,7 @@ def backends(logits: Tensor, k: int) -> dict[str, str | None]:
     double = "it has no float64" if logits.dtype == torch.float64 else None
     compiled = {
         "cuda": cuda.why_not(logits.device, logits.dtype, k),
-        "triton": why_not_triton(logits.device) or double,
+        "triton": why_not_triton(logits.device) or double or triton.why_not(logits.shape[-1], k),
     }
     plain: dict[str, str | None] = {"threshold": None, "reference": None}
     # On the CPU Triton's kernels are interpreted: for tests, by name.
@@ -56,36 +57,43 @@ def select(logits: Tensor, k: int, temperature: float, backend: str) -> Selected
     return ids, values, lse
 
 
-def select_from_head(hidden: Tensor, head: Head, k: int, temperature: float, *, in_triton: bool) -> Selected:
+def select_from_head(
+    hidden: Tensor,
+    head: Head,
+    k: int,
+    temperature: float,
+    *,
+    in_triton: bool,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> Selected:
     """Top-K of the head's logits of hidden [n, H]: the very products, and lse, that the other ops see."""
-    num_rows = len(hidden)
-    ids = torch.empty(num_rows, k, dtype=torch.int32, device=hidden.device)
-    values, lse = hidden.new_empty(num_rows, k, dtype=head.sums), hidden.new_empty(num_rows, dtype=head.sums)
-    buffer = head.buffer(num_rows)
-    plain = head.bias is None and head.softcap is None
-    backend = fastest(buffer, k)
-    for part in chunks(num_rows, len(buffer)):
+    own = k if group is None else min(k, head.vocabulary)
+    ids = torch.empty(len(hidden), own, dtype=torch.int32, device=hidden.device)
+    values, found = hidden.new_empty(len(hidden), own, dtype=head.sums), []
+    buffer = head.buffer(len(hidden))
+    plain, backend = head.bias is None and head.softcap is None, fastest(buffer, own)
+    for part in chunks(len(hidden), len(buffer)) if len(hidden) else [slice(0, 0)]:
         products = head.products(hidden[part], buffer)
         logits = products if plain else head.logits_(products.clone())
-        plain_ids = backend == "threshold" and k > 0  # without the log-sum-exp, which comes from the products
-        ids[part] = threshold.topk_select(logits, k)[0] if plain_ids else select(logits, k, 1.0, backend)[0]
-        unused = ids[part] < 0
+        thresholds = backend == "threshold" and own > 0  # without the log-sum-exp, which comes from the products
+        ids[part] = threshold.topk_select(logits, own)[0] if thresholds else select(logits, own, 1.0, backend)[0]
         at_ids = kept_logits(gather_inside(products, ids[part]), ids[part], head.bias, head.softcap)
-        values[part] = at_ids.masked_fill_(unused, -torch.inf)
-        lse[part] = log_sum_exp(walk.block_stats(products, head, temperature, in_triton=in_triton))
-    return ids, values, lse
+        values[part] = at_ids.masked_fill_(ids[part] < 0, -torch.inf)
+        found.append(walk.block_stats(products, head, temperature, in_triton=in_triton))
+    stats = parallel.merged(RowStats(*(joined(parts) for parts in zip(*found, strict=True))), group)
+    if group is not None:
+        ids, values = merged(ids, values, k, vocab_start, group)
+    return ids, values, log_sum_exp(stats)
 
 
-def merged(selected: Selected, k: int, vocab_start: int, group: dist.ProcessGroup) -> Selected:
-    """Top-K of the whole vocabulary from each rank's top min(K, V) of its own."""
-    ids, values, lse = selected
+def merged(ids: Tensor, values: Tensor, k: int, vocab_start: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """ids and values [n, K] of the whole vocabulary from each rank's top min(K, V) of its own."""
     missing = (0, k - ids.shape[1])
     ids = torch.nn.functional.pad(ids.where(ids < 0, ids + vocab_start), missing, value=-1)
     values = torch.nn.functional.pad(values, missing, value=-torch.inf)
     starts = parallel.gather(torch.full((1,), vocab_start, device=ids.device), group).squeeze(1)
-    order = starts.argsort()
-    everything = (parallel.gather(x, group)[order].transpose(0, 1).flatten(1) for x in (ids, values))
-    all_ids, all_values = everything
+    order = starts.argsort(stable=True)
+    all_ids, all_values = (parallel.gather(x, group)[order].transpose(0, 1).flatten(1) for x in (ids, values))
     places, values, _ = select(all_values, k, 1.0, fastest(all_values, k))
-    ids = all_ids.gather(1, places.clamp(min=0).long()).masked_fill_(places < 0, -1)
-    return ids, values, parallel.gather(lse, group).logsumexp(dim=0)
+    return all_ids.gather(1, places.clamp(min=0).long()).masked_fill_(places < 0, -1), values

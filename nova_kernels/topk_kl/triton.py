@@ -100,6 +100,15 @@ def plan(vocabulary: int, k: int) -> Plan:
     return best
 
 
+def why_not(vocabulary: int, k: int) -> str | None:
+    """Why a selection of k out of a row of `vocabulary` is beyond these kernels; None if it is not."""
+    try:
+        plan(vocabulary, k)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class _Candidates(NamedTuple):
     groups: Tensor  # int32 [n, slots], the chosen groups' numbers
     places: Tensor  # int32 [n, capacity], slot * width + column in the group

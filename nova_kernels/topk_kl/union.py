@@ -11,7 +11,8 @@ so matrix products run at their full rate on |U| instead of V columns. Neighbour
 U is ascending and none of its rows is there twice, so adding to dW has one order, that of the blocks: the same bits
 every time. Z and G hold at most lm_head's CHUNK_ELEMENTS, W_U is gathered (and upcast) in pieces of as many; blocks are
 halved until |U| <= min(V, n K) cannot break that. Sums are float32, or float64 if an input is. On CUDA 16-bit factors
-stay so, G is rounded to bfloat16 beside a bfloat16 W and h; beside float16, where it could vanish, it stays float32.
+stay so, and G is rounded to bfloat16 beside bfloat16 ones (what its rows' sums lose is put right:
+lm_head.arithmetic.lost_in_rounding); beside float16, where it could vanish, it stays float32.
 The host waits once per call on CUDA, for the sizes of all unions, and one int32 [V] per block is held until then.
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nova_kernels import lm_head
+from nova_kernels.lm_head.arithmetic import gradient_dtype, lost_in_rounding
 
 BLOCK_TOKENS = {"cpu": 64}  # the fewest for which a product outweighs the gather of its rows, by device type
 BLOCK_TOKENS_ELSEWHERE = 1024
@@ -116,15 +118,19 @@ def backward(
     dtype = lm_head.arithmetic_dtype(hidden, weight)
     dhidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs_hidden else None
     dweight = weight.new_zeros(weight.shape, dtype=dtype) if needs_weight else None
-    factors = torch.bfloat16 if hidden.is_cuda and hidden.dtype == torch.bfloat16 else dtype
+    factors = gradient_dtype(hidden.dtype, dtype)
     for block in blocks(ids, len(weight)) if needs_hidden or needs_weight else ():
         part = hidden[block.part]
         tile = hidden.new_zeros(len(part), block.width, dtype=factors)
         tile.scatter_(1, block.places, by_kept[block.part].to(factors))
+        lost = lost_in_rounding(by_kept[block.part], ids[block.part], factors)
         for piece in _pieces(block, weight):
             gradient, rows = tile[:, piece], block.rows[piece]
             if dhidden is not None:
-                dhidden[block.part] += lm_head.product(gradient, _gathered(weight, rows, part))
+                gathered = _gathered(weight, rows, part)
+                dhidden[block.part] += lm_head.product(gradient, gathered)
+                if lost is not None:
+                    dhidden[block.part] += lost * (gathered.sum(dim=0, dtype=dtype) / len(block.rows))
             if dweight is not None:
                 dweight.index_add_(0, rows, lm_head.product(gradient.t(), part))
     return dhidden, None if dweight is None else dweight.to(weight.dtype)
