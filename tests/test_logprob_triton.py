@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nova_kernels import lm_head
 from nova_kernels.backend import why_not_triton
-from nova_kernels.logprob import LogprobTerms, linear_cross_entropy, linear_logprobs
-from nova_kernels.topk_kl import TopK, linear_topk_select
+from nova_kernels.logprob import LogprobTerms, dispatch, linear_cross_entropy, linear_logprobs
+from nova_kernels.topk_kl import TopK, dense, linear_ops, linear_topk_kl_div, linear_topk_select
 from numerics import assert_as_accurate
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,3 +98,37 @@ def test_every_row_counts() -> None:
     if DEVICE.type == "cpu":
         with pytest.raises(ValueError, match="target -100 is outside the vocabulary of 101$"):
             linear_logprobs(hidden, weight, targets, ignore_index=None)
+
+
+@pytest.mark.parametrize("tail", ["none", "bucket"])
+@pytest.mark.parametrize("rows", ["triton", "chunked"])
+def test_what_cuda_does_with_bfloat16(monkeypatch: pytest.MonkeyPatch, rows: str, tail: str) -> None:
+    """16-bit factors, float32 sums, gradients of the products in bfloat16: here on any device."""
+    for module in (lm_head, dispatch):
+        monkeypatch.setattr(module, "factor_dtype", lambda hidden, weight: torch.bfloat16)
+    for module in (linear_ops, dense):
+        monkeypatch.setattr(module, "runs_triton", lambda device, dtype: rows == "triton")
+    (hidden, weight, bias), targets, other = make(torch.bfloat16)
+    mask, head = targets != -100, {"bias": bias, "softcap": 4.0, "temperature": 0.8}
+    ref = linear_topk_select(other, weight, 9, mask=mask, **head)
+    own = linear_topk_select(hidden, weight, 9, mask=mask, **head)
+    assert (linear_topk_kl_div(hidden, weight, own, mask=mask, backend="dense", tail=tail, **head) == 0).all()
+    for backend in ("dense", rows):
+        results = []
+        for exact, name in ((torch.bfloat16, backend), (torch.float32, "reference"), (torch.float64, "reference")):
+            leaves = [x.detach().to(exact).requires_grad_() for x in (hidden, weight, bias)]
+            options = {**head, "bias": leaves[2], "tail": tail, "backend": name}
+            if backend == "dense":
+                kl = linear_topk_kl_div(leaves[0], leaves[1], ref, mask=mask, **options)
+                terms = [kl]
+            else:
+                found = linear_logprobs(leaves[0], leaves[1], targets, ref=ref, **options)
+                terms = [found.logprobs, found.kl]
+            upstream = [torch.linspace(0.5, 1.5, 12, device=DEVICE).to(term.dtype) for term in terms]
+            gradients = torch.autograd.grad(terms, leaves, upstream)
+            results.append([*(term.detach() for term in terms), *gradients])
+        for actual, peer, truth in zip(*results, strict=True):
+            # A second rounding, of the gradient by the products, where plain PyTorch has one; Triton's interpreter
+            # cuts bfloat16 off instead of rounding it.
+            slack = 4.0 if (rows, DEVICE.type) == ("triton", "cpu") else 2.5
+            assert_as_accurate(actual, peer.to(actual.dtype), truth, slack=slack, floor=2e-6)

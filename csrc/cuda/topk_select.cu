@@ -49,7 +49,10 @@ cudaError_t launch(void (*kernel)(Arguments), const Arguments& given, int device
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, bytes);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would find it
+    return error;
+  }
   const std::int64_t resident = static_cast<std::int64_t>(processors) * std::max(per_processor, 1);
   const unsigned grid = static_cast<unsigned>(std::min(given.rows, resident));
   kernel<<<grid, kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(given);

@@ -16,6 +16,7 @@ from torch import Tensor
 from nova_kernels.backend import BackendUnavailableError, cuda_library, why_not_cuda
 
 MAX_K = 4096  # kMaxK of topk_select.cuh
+SHARED_BYTES = 113 * 1024  # at most what a block takes: two fit on an SM of compute capability 9.0
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -167,6 +168,9 @@ def _library() -> ctypes.CDLL:
 def _why_not_device(index: int) -> str | None:
     with torch.cuda.device(index):
         code = _library().nova_cuda_check(index)
+    shared = getattr(torch.cuda.get_device_properties(index), "shared_memory_per_block_optin", 0)
+    if shared < SHARED_BYTES:
+        return f"the CUDA kernels need {SHARED_BYTES:,} bytes of shared memory a block, this GPU has {shared:,}"
     return None if code == 0 else f"the CUDA library cannot run on {torch.cuda.get_device_name(index)}: {_error(code)}"
 
 

@@ -1,4 +1,4 @@
-"""Kernels of topk_kl as the launchers run them: V = 151,936, K = 500, bfloat16 logits."""
+"""Kernels of topk_kl as the launchers run them: V = 151,936, K = 500, bfloat16 and float32 logits."""
 
 from __future__ import annotations
 
@@ -79,3 +79,16 @@ def _cases(vocabulary: int, k: int, logits: str) -> list[tuple[str, dict[str, st
 CASES = _cases(VOCABULARY, K, "*bf16:16")
 # topk_select has no mask.
 CASES += [(name, {n: t for n, t in types.items() if n != "mask"}, *rest) for name, types, *rest in CASES[:3]]
+# Logits of hidden states are float32, and kl_terms has no ids: the kept logits are gathered already.
+CASES += [case for case in _cases(VOCABULARY, K, "*fp32:16") if case[0] != "scatter_rows"]
+CASES += [
+    (
+        "kl_rows",
+        {n: t for n, t in types.items() if n not in ("ids", "mask")},
+        {**constants, "POLICY_FIRST": first},
+        warp,
+    )
+    for name, types, constants, warp in _cases(VOCABULARY, K, "*fp32:16")
+    if name == "kl_rows"
+    for first in (True, False)
+]
