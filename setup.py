@@ -62,7 +62,9 @@ def find_nvcc():
 
 
 def nvcc_command(ext, library):
-    archs = [arch.strip() for arch in (os.environ.get("NOVA_KERNELS_CUDA_ARCHS") or "90").split(";") if arch.strip()]
+    archs = [arch.strip() for arch in (os.environ.get("NOVA_KERNELS_CUDA_ARCHS") or "90").split(";")]
+    if not all(arch.removesuffix("a").isdigit() for arch in archs):
+        raise SystemExit(f'NOVA_KERNELS_CUDA_ARCHS must be like "90" or "80;90", got {";".join(archs)!r}')
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     source = digest(sorted([*ext.sources, *ext.depends]))

@@ -7,7 +7,7 @@ line of 64), counted for the ids at hand (neighbours share a fetch):
     forward     fetched logits s + 8 N K + 4 N         the reference's ids and values, the KL
     sparse      forward + 4 N K                        and dKL / d(kept logits)
     dense       forward + N V e                        and a dense gradient; the kept ones need not be held
-    selected inside                                    the select's N V e + 4 N K besides, nothing written by it
+    selected inside                                    the select's N V e besides, and the values stay inside
 
 Products from hidden states, 2 N V H each: forward 1, gradients of hidden and weight 3, of hidden alone 2. `union` and
 `gather` do less work than that, so that their share of the limit may exceed 1.
@@ -47,9 +47,9 @@ LOGITS = {  # rows, vocabulary, dtype; the first is the main one
 
 
 SELECTORS = (*ours(topk_select, "cuda", "triton", "threshold", "reference"), *topk_kl_peers.SELECTORS)
-DIVERGENCES = (*ours(topk_kl_div, "triton", "reference"), *topk_kl_peers.DIVERGENCES)
+DIVERGENCES = (*ours(topk_kl_div, "triton", "sparse", "reference"), *topk_kl_peers.DIVERGENCES)
 FROM_LOGITS = (
-    *ours(topk_kl_div_from_logits, "cuda", "triton", "reference"),
+    *ours(topk_kl_div_from_logits, "cuda", "triton", "sparse", "reference"),
     Way("torch.topk, gathered logits", topk_kl_peers.selected_inside, tolerance=0.05),
 )
 LINEAR = (*ours(linear_topk_kl_div, "dense", "union", "gather", "reference"), *topk_kl_peers.HEADS)

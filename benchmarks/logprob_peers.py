@@ -89,6 +89,11 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, given: Layer, **options: A
     return [linear_cross_entropy(hidden, weight, given.targets, **options)]
 
 
+def cut_tokens(hidden: Tensor, weight: Tensor, given: Layer, **options: Any) -> Results:
+    """Log-probabilities as negative losses, not reduced."""
+    return [-cut_cross_entropy(hidden, weight, given, reduction="none", **options)[0]]
+
+
 def liger_cross_entropy(hidden: Tensor, weight: Tensor, given: Layer, **options: Any) -> Results:
     if not hidden.is_cuda:
         raise BackendUnavailableError("its Triton kernels run on CUDA")
@@ -160,6 +165,11 @@ MEANS = (
         main_only=True,
     ),
 )
-TOKENS = (*plain(tokens), Way("Liger-Kernel, chunked log-probabilities", liger_tokens, LIGER, tolerance=0.2))
+TOKENS = (
+    *plain(tokens),
+    Way("cut-cross-entropy, not reduced", partial(cut_tokens, impl="cce"), CCE, tolerance=0.5),
+    Way("cut-cross-entropy, torch_compile, not reduced", partial(cut_tokens, impl="torch_compile"), CCE, tolerance=0.5),
+    Way("Liger-Kernel, chunked log-probabilities", liger_tokens, LIGER, tolerance=0.2),
+)
 GRPO = Way("Liger-Kernel, GRPO loss with k3", liger_grpo, LIGER, tolerance=0.2, main_only=True)
 WITH_KL = plain(with_kl)

@@ -102,6 +102,7 @@ def test_times_on_a_gpu_are_those_of_the_events(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep"))
     monkeypatch.setattr(conftest, "flushed", lambda: torch.ones(1))
     assert conftest.cuda_times(lambda: order.append("call"), 2) == [0.003, 0.003]
-    assert order == ["call", *["event", "call", "event"] * 2, "wait"]
+    assert order == ["call", *["sleep", "event", "call", "event"] * 2, "wait"]
