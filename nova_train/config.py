@@ -12,8 +12,8 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import re
+import secrets
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ ConfigT = TypeVar("ConfigT")
 
 # These change what is shown, where a run starts or which part a process does, never the results of a run: they are no
 # part of its identity.
-PRESENTATION_KEYS = frozenset({"disable_progress", "report_to", "resume_from_checkpoint", "shard"})
+PRESENTATION_KEYS = frozenset({"disable_progress", "report_to", "resume_from_checkpoint", "shard", "verify"})
 
 
 class ConfigError(ValueError):
@@ -239,9 +239,14 @@ def resolved_text(config: object, *, stage: str | None = None) -> str:
 
 def write_config(config: object, path: str | Path, *, stage: str | None = None) -> None:
     """Write `resolved_text`; the file appears whole or not at all."""
-    partial = Path(f"{path}.{os.getpid()}.partial")  # several processes may share a folder
-    partial.write_text(resolved_text(config, stage=stage), encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, resolved_text(config, stage=stage))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """The file appears whole or not at all; processes on several hosts may share its folder."""
+    partial = Path(f"{path}.{secrets.token_hex(8)}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def fingerprint(mapping: Mapping[str, object]) -> str:

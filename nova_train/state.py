@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import yaml
 
-from nova_train.config import PRESENTATION_KEYS, TrainConfig, config_to_dict, write_config
+from nova_train.config import PRESENTATION_KEYS, TrainConfig, config_to_dict, write_config, write_text
 
 log = logging.getLogger(__name__)
 
@@ -66,14 +66,13 @@ def claim_folder(config: Any, stage: str) -> None:
 
 def holds_work(folder: Path) -> bool:
     """Whether a run left anything that another one would spoil; a run that stopped at a typo left nothing."""
-    return any(folder.glob("checkpoint-*")) or any(
-        (folder / name).exists() for name in ("finished.json", "config.json")
-    )
+    patterns = ("checkpoint-*", "shard-*.json", "header.json", "finished.json", "config.json")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def mark_finished(output_dir: str | Path, fingerprint: str, **facts: Any) -> None:
     """Write finished.json atomically: the last act of a stage."""
-    _write_atomically(Path(output_dir) / "finished.json", json.dumps({"fingerprint": fingerprint, **facts}, indent=1))
+    write_text(Path(output_dir) / "finished.json", json.dumps({"fingerprint": fingerprint, **facts}, indent=1))
 
 
 def finished_fingerprint(output_dir: str | Path) -> str | None:
@@ -127,7 +126,7 @@ def save_checkpoint(
     write_files(partial)
     torch.save(dict(trainer), partial / "trainer.pt")
     manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(partial.iterdir()) if p.is_file()}
-    _write_atomically(partial / "manifest.json", json.dumps({"step": step, "files": manifest}, indent=1))
+    write_text(partial / "manifest.json", json.dumps({"step": step, "files": manifest}, indent=1))
     if final.exists():
         shutil.rmtree(final)
     os.replace(partial, final)
@@ -206,12 +205,6 @@ def load_trainer(checkpoint: Path) -> dict[str, Any]:
     """The trainer.pt of a sound checkpoint."""
     loaded: dict[str, Any] = torch.load(checkpoint / "trainer.pt", weights_only=True)
     return loaded
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,14 @@ def test_truncated_samples_have_the_rows_that_are_left(folder: Path, tmp_path: P
         grpo.run(c)
 
 
-def test_training_is_the_same_with_and_without_the_cache(folder: Path, tmp_path: Path) -> None:
+def test_training_is_the_same_with_and_without_the_cache(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     plain = read_metrics(grpo.run(grpo_config(folder, tmp_path / "plain")))
     cached = read_metrics(grpo.run(grpo_config(folder, tmp_path / "cached", ptx_reference_cache=str(folder / "cache"))))
     assert len(plain) == len(cached) == 3
+    assert "of 24 samples, values in float32" in caplog.text
     for a, b in zip(plain, cached, strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
@@ -285,13 +290,6 @@ def test_an_interrupted_cache_keeps_its_shards(folder: Path, tmp_path: Path, mon
         cache_reference.run(replace(config, kl_top_k=8))
 
 
-def test_leftovers_of_other_keys_are_replaced(folder: Path, tmp_path: Path) -> None:
-    cache_reference.run(cache_config(folder, tmp_path, num_shards=2, shard=1, temperature=0.5))
-    out = cache_reference.run(cache_config(folder, tmp_path, num_shards=3))
-    assert TopKReferenceCache.open(out).header.temperature == 1.0
-    assert len(list(out.glob("shard-*.bin"))) == 3
-
-
 def test_shards_are_ranges_of_about_equal_rows(folder: Path) -> None:
     header = TopKReferenceCache.open(folder / "cache").header
     rows = np.array([1, 9, 1, 1, 1, 7])
@@ -311,7 +309,7 @@ def test_a_dry_run_tells_rows_bytes_and_time(folder: Path, tmp_path: Path, capsy
     text = capsys.readouterr().out
     assert f"stage: cache-reference\noutput_dir: {out}\n" in text
     assert f"rows           {len(cache):,}, {32 * 8 + 4} bytes each" in text
-    assert "in 1 shards" in text and "time, at least" in text and "trained share of tokens" in text
+    assert "in 1 shards" in text and "time, about" in text and "trained share of tokens" in text
     assert not out.parent.exists()
 
 

@@ -26,12 +26,13 @@ def write_checkpoint(folder: Path, step: int, keep: int = 2) -> Path:
     )
 
 
-def test_the_folder_of_another_run_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", ["config.json", "header.json", "finished.json", "shard-000000000000.json"])
+def test_the_folder_of_another_run_is_refused_by_the_keys_that_differ(tmp_path: Path, made: str) -> None:
     state.claim_folder(config(tmp_path), "sft")
     state.claim_folder(config(tmp_path, disable_progress=True), "sft")
     state.claim_folder(config(tmp_path, learning_rate=1e-2), "sft")  # nothing was made yet: a typo may be corrected
     state.claim_folder(config(tmp_path), "sft")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / made).write_text("{}")
     with pytest.raises(state.StateError, match=r"holds another run \(learning_rate: 1e-05 there, 0.002 here\)"):
         state.claim_folder(config(tmp_path, learning_rate=2e-3), "sft")
     with pytest.raises(state.StateError, match="stage: 'sft' there, 'reward' here"):
@@ -104,3 +105,12 @@ def test_finished_is_written_last_and_read_back(tmp_path: Path) -> None:
     state.mark_finished(tmp_path, "abc", steps=3)
     assert state.finished_fingerprint(tmp_path) == "abc"
     assert json.loads((tmp_path / "finished.json").read_text())["steps"] == 3
+
+
+def test_two_writers_never_share_a_temporary_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr(Path, "replace", lambda partial, path: names.append(partial.name))
+    for _ in range(2):
+        state.mark_finished(tmp_path, "abc")
+        state.claim_folder(config(tmp_path), "sft")
+    assert len(set(names)) == 4, "process ids are equal on two hosts"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import records
 from nova_kernels import lm_head
 from nova_kernels.backend import why_not_triton
 from nova_kernels.topk_kl import gather, paths, union
@@ -257,8 +258,21 @@ def path(num: int, vocabulary: int, kept: int, costs: paths.Costs, hidden: int =
     return paths.choose_path(num_tokens=num, vocabulary=vocabulary, hidden=hidden, kept=kept, costs=costs, **asked)
 
 
+def test_the_rule_is_near_the_best_on_text() -> None:
+    """Of the recorded times with gradients."""
+    found = records.newest("topk_paths", records.ROOT / records.RESULTS)
+    assert found is not None
+    rows = [row for row in found[1]["rows"] if row["ids"] == "text" and row["case"] != "forward"]
+    assert len(rows) > 15
+    for row in rows:
+        needs_weight = row["case"] == "all"
+        chosen = path(row["tokens"], row["vocabulary"], 500, paths.CPU, row["hidden"], needs_weight=needs_weight)
+        times = [row[name] for name in row if name.startswith("seconds_")]
+        assert row[f"seconds_{chosen}"] < 1.5 * min(times), row
+
+
 def test_the_path_that_measured_fastest() -> None:
-    """benchmarks/results/topk-paths-*.json: gather, unless the vocabulary or the union is small."""
+    """benchmarks/results/topk_paths-*.json: gather, unless the vocabulary or the union is small."""
     for num in (16, 256, 4096):
         for hidden in (256, 1024):
             assert path(num, 32_000, 500, paths.CPU, hidden, union=11_900) == "gather"

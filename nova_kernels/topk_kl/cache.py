@@ -11,7 +11,8 @@ A sample has one row per trained position; rows are numbered through the data se
 
 Bytes per row at K = 500: 4004 in float32, which keeps every bit; 3008 in float16, which keeps value - maximum of the
 row. That is off by at most 2^-11 (maximum - value), so a row's KL moves by at most 2^-11 (E_p + E_r)[maximum - value];
-probable tokens lie near the maximum and lose next to nothing. bfloat16 would lose eight times as much: not offered.
+probable tokens lie near the maximum and lose next to nothing. Distances beyond 65504 become 65504 (probability 0 in
+float32). bfloat16 would lose eight times as much: not offered. Values of float64 are kept as float32.
 
 Shards are ranges of samples, written by any number of processes, each its own; `finish` publishes them all at once.
 """
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -38,11 +39,15 @@ from nova_kernels.topk_kl.cache_files import (
     complete_shards,
     encode,
     hash_of,
+    partial_of,
     publish,
     read_header,
     shard_name,
 )
 from nova_kernels.topk_kl.entries import TopK
+
+_AGAIN = "remove the cache and write it again"
+_ELSEWHERE = "remove it or choose another path"
 
 
 class CacheWriter:
@@ -51,7 +56,8 @@ class CacheWriter:
     def __init__(self, folder: Path, header: CacheHeader, samples: range) -> None:
         self._folder, self._header, self._samples = folder, header, samples
         self._final = folder / f"{shard_name(samples.start)}.bin"
-        self._partial = folder / f"{shard_name(samples.start)}.{os.getpid()}.partial"
+        self._partial = partial_of(self._final)
+        self._file: BinaryIO | None = None
         self._counts: list[int] = []
         self._num_rows = 0
         self._digest = hashlib.sha256()
@@ -63,11 +69,13 @@ class CacheWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        file = self._open_file()
         try:
             if kind is None:
-                self._complete()
+                self._complete(file)
         finally:
-            self._file.close()
+            self._file = None
+            file.close()
             self._partial.unlink(missing_ok=True)
 
     def append(self, top: TopK, rows: Sequence[int] | Tensor) -> None:
@@ -75,14 +83,18 @@ class CacheWriter:
 
         Args:
             top: [n, K], the rows of these samples laid end to end, on any device; unused slots allowed.
-            rows: number of rows of each of these samples; they sum to n.
+            rows: int [samples], number of rows of each of these samples; they sum to n.
 
         Raises:
-            ValueError: another K or temperature than the header's, rows that do not add up, ids outside the
-                vocabulary, a log-sum-exp that is NaN or +inf.
+            ValueError: another K or temperature than the header's, rows that are no integers or do not add up, ids
+                outside the vocabulary or out of order, a value or log-sum-exp that is NaN or +inf (what broken logits
+                leave), or a writer outside of its `with`.
         """
-        where, header = "CacheWriter.append", self._header
-        counts = [int(count) for count in rows]
+        where, header, file = "CacheWriter.append", self._header, self._open_file()
+        given = np.asarray(rows.cpu() if isinstance(rows, Tensor) else rows)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise ValueError(f"{where}: rows must be integers [samples], got {given.dtype} {list(given.shape)}")
+        counts = [int(count) for count in given]
         if top.ids.ndim != 2 or top.k != header.k or top.temperature != header.temperature:
             raise ValueError(
                 f"{where}: expected a TopK [n, {header.k}] at temperature {header.temperature}, got "
@@ -90,23 +102,33 @@ class CacheWriter:
             )
         if min(counts, default=0) < 0 or sum(counts) != len(top.ids):
             raise ValueError(f"{where}: rows {counts[:8]} must be counts that sum to {len(top.ids)}")
-        self._write(encode(top, header).tobytes())
+        self._write(file, encode(top, header).tobytes())
         self._counts += counts
         self._num_rows += len(top.ids)
 
-    def _write(self, block: bytes) -> None:
-        self._file.write(block)
+    def _open_file(self) -> BinaryIO:
+        if self._file is None:
+            raise ValueError("CacheWriter: not open; use it in a with: `with TopKReferenceCache.write(..) as writer:`")
+        return self._file
+
+    def _write(self, file: BinaryIO, block: bytes) -> None:
+        file.write(block)
         self._digest.update(block)
 
-    def _complete(self) -> None:
+    def _complete(self, file: BinaryIO) -> None:
         if len(self._counts) != len(self._samples):
             raise ValueError(
                 f"{self._folder}: the shard is of {len(self._samples)} samples from {self._samples.start} on, but "
                 f"{len(self._counts)} were appended; append each once"
             )
-        self._write(np.asarray(self._counts, dtype="<i8").tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._write(file, np.asarray(self._counts, dtype="<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        if (self._folder / HEADER).exists():  # another process wrote the same samples, and the cache is published
+            if read_header(self._folder / HEADER)[0] != self._header:
+                raise FileExistsError(f"{self._folder} holds another finished cache; {_ELSEWHERE}")
+            return
+        self._final.with_suffix(".json").unlink(missing_ok=True)
         os.replace(self._partial, self._final)
         shard = Shard(
             first_sample=self._samples.start,
@@ -134,8 +156,8 @@ class TopKReferenceCache:
     def write(cls, path: str | Path, header: CacheHeader, samples: range | None = None) -> CacheWriter:
         """A writer of the shard with `samples` (None: all) of the cache in folder `path`.
 
-        Several processes may write at once, each another range. Shards that were never published and hold some of
-        these samples are removed, whatever their header.
+        Several processes may write at once, each another range; of two that write the same one, the last counts.
+        Shards that were never published and hold some of these samples are removed, whatever their header.
 
         Raises:
             FileExistsError: `path` holds a finished cache.
@@ -147,10 +169,8 @@ class TopKReferenceCache:
         if samples.step != 1 or not inside or (not samples and header.num_samples > 0):
             raise ValueError(f"{folder}: samples must be a range of some of {header.num_samples}, got {samples}")
         if (folder / HEADER).exists():
-            raise FileExistsError(f"{folder} holds a finished cache; remove it or choose another path")
+            raise FileExistsError(f"{folder} holds a finished cache; {_ELSEWHERE}")
         folder.mkdir(parents=True, exist_ok=True)
-        for partial in folder.glob(f"{shard_name(samples.start)}.*.partial"):
-            partial.unlink(missing_ok=True)
         for mark, _, shard in complete_shards(folder):
             if shard.first_sample < samples.stop and samples.start < shard.samples.stop:
                 mark.unlink(missing_ok=True)
@@ -159,7 +179,11 @@ class TopKReferenceCache:
 
     @staticmethod
     def written(path: str | Path, header: CacheHeader) -> list[range]:
-        """Samples of the complete shards of this header, in order; finished or not."""
+        """Samples of the complete shards of this header, in order; finished or not.
+
+        Raises:
+            ValueError: a damaged mark.
+        """
         found = [shard for _, other, shard in complete_shards(Path(path)) if other == header]
         return [shard.samples for shard in sorted(found, key=lambda shard: shard.first_sample)]
 
@@ -167,17 +191,23 @@ class TopKReferenceCache:
     def finish(cls, path: str | Path, header: CacheHeader) -> TopKReferenceCache:
         """Publish the shards that were written for `header`, all at once; doing it twice changes nothing.
 
+        Shards that are no part of the cache, and what writers left half-done, are removed.
+
         Raises:
-            ValueError: samples that no shard or several shards hold, or rows that do not add up.
+            ValueError: samples that no shard or several shards hold, rows that do not add up, or a damaged file.
         """
         folder = Path(path)
         if not (folder / HEADER).exists():
             shards = [shard for _, found, shard in complete_shards(folder) if found == header]
             shards = check_shards(folder, header, sorted(shards, key=lambda shard: shard.first_sample))
             publish(folder / HEADER, header, shards)
-            for partial in folder.glob("shard-*.partial"):
-                partial.unlink(missing_ok=True)
-        return cls.open(folder, **asdict(header))
+        cache = cls.open(folder, **asdict(header))
+        names = {shard_name(shard.first_sample) for shard in cache._shards}
+        kept = {f"{name}{suffix}" for name in names for suffix in (".bin", ".json")}
+        for file in folder.glob("shard-*"):
+            if file.name not in kept:
+                file.unlink(missing_ok=True)
+        return cache
 
     @classmethod
     def open(cls, path: str | Path, **expected: object) -> TopKReferenceCache:
@@ -214,7 +244,7 @@ class TopKReferenceCache:
         """Rows by their numbers, of any shape and in any order: TopK [..., K], float32.
 
         Raises:
-            IndexError: a row that the cache does not have, or an index that is no integer.
+            IndexError: a row that the cache does not have, or an index that is no array of integers.
         """
         if isinstance(rows, slice):
             numbers = np.arange(*rows.indices(len(self)))
@@ -259,7 +289,7 @@ class TopKReferenceCache:
         """
         for shard in self._shards:
             if hash_of(self.path / shard.file) != shard.sha256:
-                raise ValueError(f"{self.path / shard.file}: its bytes changed since it was written; write it again")
+                raise ValueError(f"{self.path / shard.file}: its bytes changed since it was written; {_AGAIN}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, asdict(self.header))
@@ -277,7 +307,7 @@ class TopKReferenceCache:
         place = shard.num_rows * self.header.record.itemsize
         counts = np.fromfile(self.path / shard.file, "<i8", offset=place, count=shard.num_samples)
         if int(counts.sum()) != shard.num_rows or (counts < 0).any():
-            raise ValueError(f"{self.path / shard.file}: its numbers of rows are damaged; write it again")
+            raise ValueError(f"{self.path / shard.file}: its numbers of rows are damaged; {_AGAIN}")
         return counts.astype(np.int64, copy=False)
 
 
@@ -292,7 +322,10 @@ def _starts(counts: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _numbers(asked: Any, limit: int, what: str) -> np.ndarray:
     """int64 of any shape, each in [0, limit)."""
-    numbers = np.asarray(asked.cpu() if isinstance(asked, Tensor) else asked)
+    try:
+        numbers = np.asarray(asked.cpu() if isinstance(asked, Tensor) else asked)
+    except ValueError as error:
+        raise IndexError(f"TopKReferenceCache: {what} numbers must be an array: {error}") from error
     if numbers.size == 0:
         return numbers.astype(np.int64)
     if numbers.dtype.kind not in "iu":

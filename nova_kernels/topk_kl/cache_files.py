@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,15 +43,15 @@ class CacheHeader:
 
     def __post_init__(self) -> None:
         where = "CacheHeader"
+        _check_counts(where, self, ("k", "vocab_size", "num_samples", "num_rows"))
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float):
+            raise ValueError(f"{where}: temperature must be a number, got {self.temperature!r}")
         check_k(where, self.k, self.vocab_size)
         check_temperature(where, self.temperature)
         if self.vocab_size > 2**31:
             raise ValueError(f"{where}: ids are int32, so vocab_size is at most 2^31, got {self.vocab_size}")
-        if self.dtype not in VALUE_TYPES:
+        if self.dtype not in tuple(VALUE_TYPES):
             raise ValueError(f"{where}: dtype must be one of {', '.join(VALUE_TYPES)}, got {self.dtype!r}")
-        for name in ("num_samples", "num_rows"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{where}: {name} must be at least 0, got {getattr(self, name)}")
         for name in ("model", "tokenizer", "data"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise ValueError(f"{where}: {name} must be a text that is not empty, got {getattr(self, name)!r}")
@@ -77,6 +78,11 @@ class Shard:
     num_rows: int
     sha256: str
 
+    def __post_init__(self) -> None:
+        _check_counts("Shard", self, ("first_sample", "num_samples", "num_rows"))
+        if not isinstance(self.sha256, str):
+            raise ValueError(f"Shard: sha256 must be a text, got {self.sha256!r}")
+
     @property
     def samples(self) -> range:
         return range(self.first_sample, self.first_sample + self.num_samples)
@@ -89,9 +95,23 @@ class Shard:
         return self.num_rows * header.record.itemsize + 8 * self.num_samples
 
 
+def _check_counts(where: str, holder: object, names: Sequence[str]) -> None:
+    for name in names:
+        value = getattr(holder, name)
+        if type(value) is not int:
+            raise ValueError(f"{where}: {name} must be an int, got {value!r}")
+        if value < 0:
+            raise ValueError(f"{where}: {name} must be at least 0, got {value}")
+
+
 def shard_name(first_sample: int) -> str:
     """Without its suffix."""
     return f"shard-{first_sample:012d}"
+
+
+def partial_of(path: Path) -> Path:
+    """A name beside `path` that no other writer has, on this host or another."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
 
 
 def encode(top: TopK, header: CacheHeader) -> np.ndarray:
@@ -103,14 +123,19 @@ def encode(top: TopK, header: CacheHeader) -> np.ndarray:
         raise ValueError(
             f"CacheWriter.append: ids must lie between -1 and {header.vocab_size - 1}, got {ids.min()} to {ids.max()}"
         )
+    if bool((np.isnan(values) | (values == np.inf)).any()):
+        raise ValueError("CacheWriter.append: a value is NaN or +inf: the reference's logits are broken")
     if ((ids < 0) != (values == -np.inf)).any():
         raise ValueError("CacheWriter.append: an unused slot has id -1 and value -inf, both or neither")
+    before, after = ids[:, :-1], ids[:, 1:]
+    if ((after >= 0) & ((before < 0) | (before >= after))).any():
+        raise ValueError("CacheWriter.append: ids must ascend within a row, the unused slots (-1) at its end")
     records = np.zeros(len(ids), header.record)
     records["ids"], records["lse"], records["values"] = ids, lse, values if header.dtype == "float32" else 0
     if header.dtype == "float16":
         maximum = values.max(axis=1, initial=-np.inf)
         maximum[maximum == -np.inf] = 0.0
-        below = values - maximum[:, None]
+        below = np.subtract(values, maximum[:, None], dtype=np.float64)  # float32 would overflow
         records["maximum"] = maximum
         records["values"] = np.where(ids < 0, -np.inf, np.maximum(below, LOWEST_HALF))
     return records
@@ -119,7 +144,7 @@ def encode(top: TopK, header: CacheHeader) -> np.ndarray:
 def publish(path: Path, header: CacheHeader, shards: Sequence[Shard]) -> None:
     """Write a header or a shard's mark; the file appears whole or not at all."""
     found = {"format": FORMAT, "version": VERSION, **asdict(header), "shards": [asdict(shard) for shard in shards]}
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_of(path)
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(found, indent=1) + "\n")
@@ -151,13 +176,28 @@ def read_header(path: Path) -> tuple[CacheHeader, list[Shard]]:
 
 
 def complete_shards(folder: Path) -> Iterator[tuple[Path, CacheHeader, Shard]]:
-    """(mark, header, shard) of every shard that was written to its end."""
+    """(mark, header, shard) of every shard that was written to its end and whose file is there, of its size.
+
+    Raises:
+        ValueError: a damaged mark.
+    """
     for mark in sorted(folder.glob("shard-*.json")):
         try:
             header, shards = read_header(mark)
         except FileNotFoundError:  # removed by another writer
             continue
-        yield mark, header, shards[0]
+        if len(shards) != 1:
+            raise ValueError(f"{mark}: damaged mark of {len(shards)} shards; remove it and write the shard again")
+        if size_of(folder / shards[0].file) == shards[0].num_bytes(header):
+            yield mark, header, shards[0]
+
+
+def size_of(file: Path) -> int | None:
+    """Its bytes, or None where it is missing."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def hash_of(path: Path) -> str:
@@ -171,20 +211,22 @@ def hash_of(path: Path) -> str:
 
 def check_shards(folder: Path, header: CacheHeader, shards: Sequence[Shard]) -> list[Shard]:
     """The shards, if they hold every sample once, every row, and every byte."""
+    again = f"remove {folder} and write the cache again"
+    cure = again if (folder / HEADER).exists() else "write their shard"
     done = 0
     for shard in shards:
         if shard.first_sample > done:
-            raise ValueError(f"{folder}: samples {done} to {shard.first_sample - 1} are missing; write their shard")
+            raise ValueError(f"{folder}: samples {done} to {shard.first_sample - 1} are missing; {cure}")
         if shard.first_sample < done:
             raise ValueError(f"{folder}: {shard.file} holds samples before {done} that another shard holds; remove one")
         done = shard.samples.stop
         file = folder / shard.file
-        size = shard.num_bytes(header)
-        if not file.exists() or file.stat().st_size != size:
-            there = f"has {file.stat().st_size} bytes" if file.exists() else "is missing"
-            raise ValueError(f"{file} {there}, expected {size} bytes; write the shard again")
+        size, found = shard.num_bytes(header), size_of(file)
+        if found != size:
+            there = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(f"{file} {there}, expected {size} bytes; {again}")
     if done != header.num_samples:
-        raise ValueError(f"{folder}: samples {done} to {header.num_samples - 1} are missing; write their shard")
+        raise ValueError(f"{folder}: samples {done} to {header.num_samples - 1} are missing; {cure}")
     if (rows := sum(shard.num_rows for shard in shards)) != header.num_rows:
-        raise ValueError(f"{folder}: the shards have {rows} rows, the header says {header.num_rows}; write them again")
+        raise ValueError(f"{folder}: the shards have {rows} rows, the header says {header.num_rows}; {again}")
     return list(shards)

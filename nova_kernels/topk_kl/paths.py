@@ -2,28 +2,32 @@
 
 Per token and product (logits, dh, dW) each way costs so many columns of a large matrix product, 2 H operations each:
 
-    dense    V (1 + reading / N) + buffer V / N
+    dense    V (1 + reading / N)
     union    |U| (shared + moved / n) + buffer V / N + wait / (N H)          n = min(N, tokens of a block)
     gather   gathered K
 
 reading, moved   what W, W_U and dW_U cost in memory traffic, spread over the tokens that share it
-buffer           the float32 gradient of the weight, made and rounded; nothing where the weight is frozen
+buffer           a float32 gradient of the weight, made and rounded; nothing where the weight is frozen
 gathered         a row of W read for one token
 wait             the host's wait for the sizes of the unions
 
-The CPU's numbers are measured (benchmarks/topk_paths.py, float32, one thread): from 256 tokens on, a gathered row costs
-5 to 20 columns and a row of a union 1.0 to 2.4. CUDA's are not yet measured on a GPU: they follow from an H200's
-790 TFLOP/s in bfloat16 and 4.3 TB/s, so that a byte costs as much as 184 operations. A gathered row of 2 H bytes at
-70 % of the bandwidth: 260 columns. A row of a union is read, written and read by its product: 6 H bytes; with dW, the
-mean of three products is 9.4 H. A float32 dW is zeroed, read and rounded: 8 V H bytes more than a bfloat16 one needs.
-Two waits of 40 microseconds: 1e10 columns for one token and H = 1.
+The CPU's numbers are measured (benchmarks/topk_paths.py, float32, one thread): from 64 tokens on a gathered row costs 7
+to 18 columns, less where neighbours share rows, and a row of a union 0.9 to 2.6. On text union and gather are then
+within a third of each other where gradients are wanted (the forward alone is up to twice as fast by union); where ids
+are more spread, gather is up to four times as fast, so the rule expects unions larger than a young model's.
+
+CUDA's are not yet measured on a GPU: they follow from an H200's 790 TFLOP/s in bfloat16 and 4.3 TB/s, so that a byte
+costs as much as 184 operations. A gathered row of 2 H bytes at 70 % of the bandwidth: 260 columns. A row of a union is
+read, written and read by its product: 6 H bytes; with dW, the mean of three products is 9.4 H. A float32 dW is zeroed,
+read and rounded: 8 V H bytes more than a bfloat16 one needs. Two waits of 40 microseconds: 1e10 columns for one token
+and H = 1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of |U| with the tokens of a block. 0.33 to 0.43 on text (benchmarks/topk_union.py), and the better trained, the more.
+# Of |U| with the tokens of a block. 0.27 to 0.37 on text (benchmarks/topk_union.py), and the better trained, the more.
 GROWTH = 0.45
 
 
@@ -78,7 +82,7 @@ def choose_path(
     moved = costs.moved_with_weight if needs_weight else costs.moved
     buffer = costs.buffer * vocabulary / num_tokens if needs_weight else 0.0
     columns = {
-        "dense": vocabulary * (1 + costs.reading / num_tokens) + buffer,
+        "dense": vocabulary * (1 + costs.reading / num_tokens),
         "gather": costs.gathered * kept,
         "union": rows * (costs.shared + moved / block) + buffer + costs.wait / (num_tokens * hidden),
     }

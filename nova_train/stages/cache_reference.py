@@ -5,6 +5,7 @@
 The frozen model runs over the samples in their order, as many as fit into `max_length` tokens at a time. Shards are
 ranges of samples of about equal rows. One process writes all of them and leaves out those that are complete, so the
 same command continues; with `num_shards` and `shard` each process writes one, and the last to end publishes the cache.
+A finished cache is opened as GRPO would: one that does not fit is an error, never written over.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,6 @@ from typing import Literal
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PreTrainedModel
 
 from nova_kernels.packing import pack_samples
 from nova_kernels.topk_kl import CacheHeader, TopKReferenceCache
@@ -59,6 +60,7 @@ class CacheReferenceConfig:
     cache_dtype: Literal["float32", "float16"] = "float32"  # of the logits on disk; float16 is rounded
     num_shards: int | None = None  # files; None: one per GiB
     shard: int | None = None  # write this one alone, from 0 on
+    verify: bool = False  # read the finished cache and compare its hashes
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of the weights
     bf16: bool = False  # bfloat16 autocast
     attention_backend: str | None = None  # None: the fastest that can run
@@ -80,31 +82,56 @@ class CacheReferenceConfig:
 
 
 def run(config: CacheReferenceConfig) -> Path:
-    """Write the shards that are missing, and publish the cache when all are there; returns its folder."""
+    """Write the shards that are missing, and publish the cache when all are there; returns its folder.
+
+    Raises:
+        ConfigError: the folder holds a finished cache that is damaged or of another header, or damaged shards.
+        StateError: it belongs to other keys.
+    """
     folder = Path(config.output_dir)
     state.claim_folder(config, "cache-reference")
-    if state.finished_fingerprint(folder) is not None:
-        return folder
     torch.set_num_threads(config.num_threads)
     check_top_k(config.model_name_or_path, config.kl_top_k)
     chat = Chat(load_tokenizer(config.model_name_or_path))
     samples = supervised_samples(config.dataset_name, config, chat)
-    model = load_causal_lm(config.model_name_or_path, config, frozen=True)
-    check_head(model)
     header = cache_header(samples, config, chat.tokenizer, dtype=config.cache_dtype)
-    shards = plan_shards(rows_of_samples(samples), header, config.num_shards)
-    mine = shards if config.shard is None else shards[config.shard : config.shard + 1]
-    written = TopKReferenceCache.written(folder, header)
-    missing = [shard for shard in mine if shard not in written]
-    _check_space(folder, header, sum(map(len, missing)) / max(len(samples), 1))
-    _write(folder, header, samples, missing, model, config)
-    waiting = [shard for shard in shards if shard not in TopKReferenceCache.written(folder, header)]
-    if waiting:
-        log.info("cache-reference: %d of %d shards are written", len(shards) - len(waiting), len(shards))
-        return folder
-    TopKReferenceCache.finish(folder, header)
+    published = (folder / "header.json").exists() or state.finished_fingerprint(folder) is not None
+    if not published:
+        shards = plan_shards(rows_of_samples(samples), header, config.num_shards)
+        mine = shards if config.shard is None else shards[config.shard : config.shard + 1]
+        if missing := _unwritten(folder, header, mine):
+            _check_space(folder, header, sum(map(len, missing)) / max(len(samples), 1))
+            try:
+                _write(folder, header, samples, missing, config)
+            except FileExistsError as error:  # another process published another cache meanwhile
+                raise ConfigError(f"output_dir: {error}") from error
+        if waiting := _unwritten(folder, header, shards):
+            log.info("cache-reference: %d of %d shards are written", len(shards) - len(waiting), len(shards))
+            return folder
+    with _refusals_as_config_errors(folder):
+        if not published:
+            TopKReferenceCache.finish(folder, header)
+        cache = TopKReferenceCache.open(folder, **asdict(header))
+        if config.verify:
+            cache.verify()
+            log.info("cache-reference: verified, %d rows are as they were written", len(cache))
     state.mark_finished(folder, fingerprint(identity(config)), samples=header.num_samples, rows=header.num_rows)
     return folder
+
+
+@contextmanager
+def _refusals_as_config_errors(folder: Path) -> Iterator[None]:
+    """What the cache says of its folder, with the way out."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(f"output_dir: {error}; remove {folder} and run again") from error
+
+
+def _unwritten(folder: Path, header: CacheHeader, shards: Sequence[range]) -> list[range]:
+    with _refusals_as_config_errors(folder):
+        written = TopKReferenceCache.written(folder, header)
+    return [shard for shard in shards if shard not in written]
 
 
 def plan_shards(rows: np.ndarray, header: CacheHeader, num_shards: int | None) -> list[range]:
@@ -139,9 +166,10 @@ def _write(
     header: CacheHeader,
     samples: Sequence[Sample],
     shards: Sequence[range],
-    model: PreTrainedModel,
     config: CacheReferenceConfig,
 ) -> None:
+    model = load_causal_lm(config.model_name_or_path, config, frozen=True)
+    check_head(model)
     rows = rows_of_samples(samples)
     columns = (
         TextColumn("{task.description}"),
@@ -153,6 +181,9 @@ def _write(
     with Progress(*columns, disable=config.disable_progress) as bar:
         task = bar.add_task("tokens of the reference", total=sum(int(rows[shard].sum()) for shard in shards))
         for shard in shards:
+            if not _unwritten(folder, header, [shard]):  # by now another process wrote it
+                bar.advance(task, int(rows[shard].sum()))
+                continue
             with TopKReferenceCache.write(folder, header, shard) as writer:
                 for some in in_order(samples, shard, config.max_length):
                     packed = pack_samples([samples[number] for number in some])

@@ -9,9 +9,10 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
 
 Activations come on top: they depend on `segments` and on the attention backend.
 
-A cache of the reference takes its rows times bytes per row on disk, and at least the time of the model's products: 2
-operations per token and weight of the body, and per trained token and weight of the head, at the rate that one large
-product reaches here.
+A cache of the reference takes its rows times bytes per row on disk, and about the time of the model's products: 2
+operations per token and weight of the body, and per trained token and weight of the head, at the rate that large linear
+layers reach here in the model's arithmetic. Attention and reading the data come on top. Of a mixture of experts only a
+part works on each token: no time is given.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ _KINDS: dict[str, Literal["sft", "preference", "prompt"]] = {
     "grpo": "prompt",
     "cache-reference": "sft",
 }
-PRODUCT = 1024  # rows and columns of the product that is timed
+PRODUCTS = {"cpu": 512, "cuda": 4096}  # rows and columns of the linear layer that is timed
+LEAST_SECONDS = 0.05  # of a measurement
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,7 @@ def memory_text(parts: list[MemoryPart]) -> str:
 
 
 def cache_text(config: CacheReferenceConfig) -> str:
-    """Rows, bytes on disk, and the least time of a cache; no weights are loaded."""
+    """Rows, bytes on disk, and about the time of a cache; no weights are loaded."""
     model = _without_memory(config.model_name_or_path, reward_head=False)
     chat = Chat(load_tokenizer(config.model_name_or_path))
     samples = supervised_samples(config.dataset_name, config, chat)
@@ -150,34 +152,44 @@ def cache_text(config: CacheReferenceConfig) -> str:
         data="unread",
         dtype=config.cache_dtype,
     )
-    head = model.get_output_embeddings().weight
-    ends = (head, model.get_input_embeddings().weight)
-    body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and not any(p is end for end in ends))
-    products = tokens * body + header.num_rows * head.numel()
-    rate = _product_rate(config)
     folder = Path(config.output_dir).resolve()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     shards = len(plan_shards(rows, header, config.num_shards))
     lines = {
         "rows": f"{header.num_rows:,}, {header.record.itemsize:,} bytes each",
         "on disk": f"{_size(header.num_bytes)} in {shards} shards; {_size(free)} are free",
-        "time, at least": f"{2 * products / rate:,.0f} s: 2 x {products:,} operations at {rate / 1e9:,.0f} GFLOP/s",
     }
+    if not any("experts" in name for name, _ in model.named_modules()):
+        head = model.get_output_embeddings().weight
+        ends = (head, model.get_input_embeddings().weight)
+        body = sum(p.numel() for p in model.parameters() if p.ndim > 1 and not any(p is end for end in ends))
+        products, rate = tokens * body + header.num_rows * head.numel(), _linear_rate(config)
+        seconds = 2 * products / rate
+        lines["time, about"] = f"{seconds:,.0f} s: 2 x {products:,} operations at {rate / 1e9:,.0f} GFLOP/s"
     return "\n".join(f"{name:<14} {text}" for name, text in lines.items())
 
 
-def _product_rate(config: CacheReferenceConfig) -> float:
-    """Operations per second of one square product in the config's arithmetic; best of three."""
+@torch.no_grad()
+def _linear_rate(config: CacheReferenceConfig) -> float:
+    """Operations per second of one large linear layer in the model's arithmetic, after a warm-up."""
     torch.set_num_threads(config.num_threads)
     device = pick_device(config.device)
-    dtype = torch.bfloat16 if config.bf16 else getattr(torch, config.dtype)
-    square = torch.ones(PRODUCT, PRODUCT, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(3):
+    size = PRODUCTS[device]
+    rows, weight = torch.randn(2, size, size, device=device).to(getattr(torch, config.dtype))
+
+    def seconds(times: int) -> float:
         started = time.perf_counter()
-        (square @ square)[0, 0].item()
-        best = min(best, time.perf_counter() - started)
-    return 2 * PRODUCT**3 / best
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=config.bf16):
+            for _ in range(times):
+                out = nn.functional.linear(rows, weight)
+        out[0, 0].item()
+        return time.perf_counter() - started
+
+    times = 1
+    seconds(times)
+    while (taken := seconds(times)) < LEAST_SECONDS:
+        times *= 2
+    return 2 * size**3 * times / taken
 
 
 def _size(num_bytes: int) -> str:

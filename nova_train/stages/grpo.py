@@ -302,6 +302,12 @@ def _ptx_source(config: GRPOConfig, chat: Chat) -> tuple[PackedLoader | None, To
     if config.ptx_reference_cache is not None:
         cache = open_cache(config.ptx_reference_cache, cache_header(samples, config, chat.tokenizer))
         samples = with_cache_rows(samples, cache)
+        log.info(
+            "ptx_reference_cache: %d rows of %d samples, values in %s",
+            len(cache),
+            len(samples),
+            cache.header.dtype,
+        )
     loader = PackedLoader(
         samples,
         capacity=config.max_length,
