@@ -36,6 +36,7 @@ from nova_train.config import (
     identity,
     read_recipe,
     unknown_name,
+    write_text,
 )
 from nova_train.stages.kinds import stage_named
 from nova_train.state import StateError, finished_fingerprint, holds_work
@@ -225,9 +226,7 @@ def _record(stage: PlannedStage) -> None:
         (stage.folder / _CLAIM).unlink(missing_ok=True)
     path = stage.folder / _RECORD
     text = json.dumps({"fingerprint": stage.fingerprint, "run": stage.kind, "keys": identity(stage.config)}, indent=1)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text(path, text + "\n")
 
 
 def _difference(found: Mapping[str, Any], stage: PlannedStage) -> str:
