@@ -13,7 +13,7 @@ from nova_kernels.topk_kl import reference, triton
 
 
 class KeptKL(NamedTuple):
-    """Of each row; the derivatives are None where they were not asked for or the tail is no bucket."""
+    """Of each row; None where it was not asked for, by_lse also where the tail is no bucket."""
 
     kl: Tensor  # [n]
     log_mass: Tensor | None  # [n], log-sum-exp of the kept logits over the temperature
@@ -37,42 +37,26 @@ def kept_kl(
 
     Slots with a value of -inf count nowhere. `lse`: both log-sum-exps [n] at the temperature, if the tail is a bucket.
     """
-    rows_per_block = max(1, chunk_elements(kept.device) // kept.shape[1])
-    found = [
-        _block(
-            *(kept[part], values[part].to(kept.dtype), temperature, direction, softcap),
-            *(None if lse is None else (lse[0][part], lse[1][part].to(kept.dtype)), log_mass, gradient, in_triton),
-        )
-        for part in (chunks(len(kept), rows_per_block) if len(kept) else [slice(0, 0)])
-    ]
+
+    def block(part: slice) -> KeptKL:
+        policy, ref = kept[part], values[part].to(kept.dtype)
+        if in_triton and lse is None:
+            kl, by_kept = triton.kl_terms(policy, ref, temperature, direction, gradient=gradient)
+            by_lse, scaled = None, policy.masked_fill(ref == -torch.inf, -torch.inf).div_(temperature)
+        else:
+            # Whether a slot is unused is cheap to know on the CPU; elsewhere the answer would have to be waited for.
+            padded = kept.device.type != "cpu" or bool((ref == -torch.inf).any())
+            scaled = policy.masked_fill(ref == -torch.inf, -torch.inf) if padded else policy
+            if temperature != 1.0:
+                scaled, ref = scaled / temperature, ref / temperature
+            tails = (None, None) if lse is None else (lse[0][part], lse[1][part].to(kept.dtype))
+            kl, by_kept, by_lse = reference.kl_terms(scaled, ref, direction, *tails, padded=padded, gradient=gradient)
+            if by_kept is not None and temperature != 1.0:
+                by_kept.div_(temperature)
+        if by_kept is not None and softcap is not None:
+            by_kept.mul_(softcap_slope(policy, softcap))
+        return KeptKL(kl, scaled.logsumexp(dim=-1) if log_mass else None, by_kept, by_lse)
+
+    rows = max(1, chunk_elements(kept.device) // kept.shape[1])
+    found = [block(part) for part in (chunks(len(kept), rows) if len(kept) else [slice(0, 0)])]
     return found[0] if len(found) == 1 else KeptKL(*(joined(parts) for parts in zip(*found, strict=True)))
-
-
-def _block(
-    kept: Tensor,
-    values: Tensor,
-    temperature: float,
-    direction: str,
-    softcap: float | None,
-    lse: tuple[Tensor, Tensor] | None,
-    log_mass: bool,
-    gradient: bool,
-    in_triton: bool,
-) -> KeptKL:
-    # Whether a slot is unused is cheap to know on the CPU; elsewhere the answer would have to be waited for.
-    padded = kept.device.type != "cpu" or bool((values == -torch.inf).any())
-    policy = kept.masked_fill(values == -torch.inf, -torch.inf) if padded else kept
-    scaled = policy if temperature == 1.0 else policy / temperature
-    mass = scaled.logsumexp(dim=-1) if log_mass else None
-    if in_triton and lse is None:
-        kl, by_kept = triton.kl_terms(kept, values, temperature, direction, gradient=gradient)
-        by_lse = None
-    else:
-        ref = values if temperature == 1.0 else values / temperature
-        tails = (None, None) if lse is None else lse
-        kl, by_kept, by_lse = reference.kl_terms(scaled, ref, direction, *tails, padded=padded, gradient=gradient)
-        if by_kept is not None and temperature != 1.0:
-            by_kept.div_(temperature)
-    if by_kept is not None and softcap is not None:
-        by_kept.mul_(softcap_slope(kept, softcap))
-    return KeptKL(kl, mass, by_kept, by_lse)
