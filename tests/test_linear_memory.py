@@ -35,6 +35,9 @@ PATHS: dict[str, Callable[[Tensor, Tensor, TopK], Tensor]] = {
     "logprobs": lambda hidden, weight, ref: terms(hidden, weight, ref, "none"),
     "logprobs-bucket": lambda hidden, weight, ref: terms(hidden, weight, ref, "bucket"),
     "select": lambda hidden, weight, ref: linear_topk_select(hidden, weight, K).lse * hidden[:, 0],
+    "select-bias": lambda hidden, weight, ref: (
+        linear_topk_select(hidden, weight, K, bias=weight[:, 0], softcap=9.0).lse * hidden[:, 0]
+    ),
     "dense": lambda hidden, weight, ref: linear_topk_kl_div(hidden, weight, ref, backend="dense"),
     "dense-bucket": lambda hidden, weight, ref: linear_topk_kl_div(hidden, weight, ref, tail="bucket"),
     "union": lambda hidden, weight, ref: linear_topk_kl_div(hidden, weight, ref, backend="union"),

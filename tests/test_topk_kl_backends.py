@@ -62,6 +62,16 @@ def test_selection(backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(top.lse, wanted.lse, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton", "threshold", "reference"])
+def test_a_single_nan_is_kept(backend: str) -> None:
+    """Also where the entries that are not below the threshold are as many as asked for without it."""
+    logits = torch.zeros(1, 8, device=DEVICE)
+    logits[0, 3] = math.nan
+    top = topk_select(logits, 3, backend=here(backend))
+    assert top.ids.tolist() == [[0, 1, 3]] and top.values[0, 2].isnan()
+    assert topk_select(logits, 7, backend=backend).ids.tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+
+
 @pytest.mark.parametrize(
     ("op", "backend"),
     [("given", name) for name in ("triton", "sparse", "reference")]
@@ -112,6 +122,8 @@ def test_bad_ids_and_gradients_that_are_not_wanted(backend: str) -> None:
     if DEVICE.type == "cpu":
         with pytest.raises(ValueError, match=r"reference id 203 is beyond the policy's vocabulary of 203; both models"):
             topk_kl_div(policy, beyond, backend=backend)
+    mask = torch.zeros(3, 2, dtype=torch.bool, device=DEVICE)
+    assert not topk_kl_div(policy, beyond, mask=mask, backend=backend).any()  # what is masked out is not looked at
     with torch.no_grad():
         kl = topk_kl_div(policy.requires_grad_(), ref, backend=backend)
     assert not kl.requires_grad

@@ -102,28 +102,35 @@ def backward(
     needed: tuple[bool, bool, bool],
     in_triton: bool,
     exponentials: Tensor | None = None,
+    whole: bool = True,
 ) -> Gradients:
-    """Gradients of what `terms` describes; `weight` and `bias` are the model's, `exponentials` [N, V] the forward's."""
+    """Gradients of what `terms` describes.
+
+    `weight` and `bias` are the model's, `exponentials` [N, V] the forward's; `whole` says that the head is all of the
+    vocabulary, not a rank's part of it. Where g is rounded, what its rows' sums lose is put right by a mean row of W
+    (arithmetic.lost_in_rounding says why).
+    """
     if terms.maximum is not None:
         terms = terms._replace(maximum=rows.finite(terms.maximum))
     dhidden = torch.zeros_like(hidden, dtype=head.sums) if needed[0] else None
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needed[1] else None
     dbias = torch.zeros_like(bias, dtype=head.sums) if bias is not None and needed[2] else None
     num_rows, columns = arithmetic.tile_shape(len(hidden), head.vocabulary, hidden.shape[1], hidden.device)
-    buffer = head.weight.new_empty(num_rows * columns, dtype=head.sums)
+    buffer = head.weight.new_empty(num_rows * columns if exponentials is None else 0, dtype=head.sums)
+    lost = hidden.new_zeros(len(hidden), 1, dtype=head.sums)
     for part in arithmetic.chunks(head.vocabulary, columns):
         block_head, block_terms = head.columns(part), terms.columns(part.start)
         row_sums = _RowSums(block_head, None if dweight is None else dweight[part], single=num_rows >= len(hidden))
         for block in arithmetic.chunks(len(hidden), num_rows):
             if exponentials is None:
                 memory = buffer[: (block.stop - block.start) * block_head.vocabulary].view(-1, block_head.vocabulary)
-                g = _block_gradient(hidden[block], block_head, temperature, block_terms.part(block), memory, in_triton)
-            else:
-                scaled = (
-                    exponentials * terms.scale.unsqueeze(1)
-                    if terms.scale is not None
-                    else exponentials.new_zeros(exponentials.shape)
+                options = {"in_triton": in_triton, "sums_to_zero": head.softcap is None and whole}
+                g, gone = _block_gradient(
+                    hidden[block], block_head, temperature, block_terms.part(block), memory, **options
                 )
+                lost[block] += gone
+            else:
+                scaled = torch.zeros_like(exponentials) if terms.scale is None else exponentials * terms.scale[:, None]
                 g = rows.add_entries_(scaled, None, terms)
             if dhidden is not None:
                 arithmetic.add_product_(dhidden[block], g, block_head.weight)
@@ -131,6 +138,8 @@ def backward(
             if dbias is not None:
                 dbias[part] += g.sum(dim=0, dtype=head.sums)
         row_sums.finish()
+    if dhidden is not None and terms.scale is not None and head.vocabulary > 0 and _rounds(head):
+        dhidden.addmm_(lost, head.weight.mean(dim=0, keepdim=True, dtype=head.sums))
     return Gradients(dhidden, dweight, dbias if dbias is None or bias is None else dbias.to(bias.dtype))
 
 
@@ -160,17 +169,42 @@ def fake_gradients(
     return dhidden, dweight, dbias
 
 
+def _rounds(head: Head) -> bool:
+    """Whether g is rounded before it is multiplied."""
+    return arithmetic.gradient_dtype(head.weight.dtype, head.sums) != head.sums
+
+
 def _block_gradient(
-    hidden: Tensor, head: Head, temperature: float, terms: RowTerms, memory: Tensor, in_triton: bool
-) -> Tensor:
-    """g [n, V] of a block, in the dtype in which it is multiplied."""
+    hidden: Tensor,
+    head: Head,
+    temperature: float,
+    terms: RowTerms,
+    memory: Tensor,
+    *,
+    in_triton: bool,
+    sums_to_zero: bool,
+) -> tuple[Tensor, Tensor | float]:
+    """g [n, V] of a block, in the dtype in which it is multiplied, and what rounding takes from each row's sum [n, 1].
+
+    `sums_to_zero`: the rows of all blocks together sum to 0 before they are rounded.
+    """
     products = memory if terms.scale is None else arithmetic.product(hidden, head.weight.t(), out=memory)
     dtype = arithmetic.gradient_dtype(head.weight.dtype, head.sums)
     if not in_triton:
-        return rows.row_gradient(products, head, temperature, terms).to(dtype)
-    out = products if dtype == products.dtype else torch.empty_like(products, dtype=dtype)
-    assert terms.maximum is not None or terms.scale is None, "the scale is that of exp(z/T - maximum)"
-    triton.row_gradient(
+        exact = rows.row_gradient(products, head, temperature, terms)
+    elif not _rounds(head) or not (sums_to_zero or terms.scale is None):
+        exact = _in_triton(products, head, temperature, terms, products)
+    else:
+        rounded = _in_triton(products, head, temperature, terms, torch.empty_like(products, dtype=dtype))
+        return rounded, 0.0 if terms.scale is None else -rounded.sum(dim=1, keepdim=True, dtype=head.sums)
+    if not _rounds(head):
+        return exact, 0.0
+    rounded = exact.to(dtype)
+    return rounded, exact.sum(dim=1, keepdim=True) - rounded.sum(dim=1, keepdim=True, dtype=head.sums)
+
+
+def _in_triton(products: Tensor, head: Head, temperature: float, terms: RowTerms, out: Tensor) -> Tensor:
+    return triton.row_gradient(
         products,
         head.bias,
         head.softcap,
@@ -183,7 +217,6 @@ def _block_gradient(
         terms.by_kept,
         out,
     )
-    return out
 
 
 class _RowSums:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from nova_kernels.lm_head import dense_logits, spread, take
@@ -36,6 +37,7 @@ def linear_logprobs(
     if ref is not None:
         ids, values, lse = (take(x, rows) for x in (ref.ids, ref.values, ref.lse))
         check_ids("linear_logprobs", ids, vocabulary)
+        ids = ids.masked_fill(values == -torch.inf, -1)
         terms[2] = kl_reference.topk_kl_div(logits, ids, values, lse, temperature, direction, tail, None)
         policy_lse = (logits.detach() / temperature).logsumexp(dim=-1)
         terms[3] = kl_reference.mass(kl_reference.kept_logits(logits.detach(), ids), policy_lse, temperature)

@@ -25,7 +25,7 @@ from torch import Tensor
 from nova_kernels.lm_head import Head, RowTerms, arithmetic_dtype, parallel, spread, take, walk
 from nova_kernels.lm_head.rows import RowStats, log_sum_exp
 from nova_kernels.logprob.targets import check_targets, counted_rows
-from nova_kernels.topk_kl.entries import check_ids
+from nova_kernels.topk_kl.entries import check_ids, check_k
 from nova_kernels.topk_kl.kept import KeptKL, kept_kl
 
 NineTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -75,6 +75,7 @@ def linear_logprobs(
     check_targets(targets, end, ignore_index)
     local_ids = None
     if ids is not None and values is not None:
+        check_k("linear_logprobs", ids.shape[1], end)
         check_ids("linear_logprobs", ids := take(ids, rows), end)
         values = take(values, rows).masked_fill(ids < 0, -torch.inf)
         local_ids = parallel.local_ids(ids, vocabulary, vocab_start)
@@ -225,6 +226,7 @@ def linear_logprobs_backward(
         needed=(needed[0], needed[1], needed[2]),
         in_triton=in_triton,
         exponentials=exponentials[: len(targets)] if exponentials.numel() > 0 else None,
+        whole=group is None,
     )
     return walk.whole_gradients(found, hidden, weight, rows, parallel.named(group))
 

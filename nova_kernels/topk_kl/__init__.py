@@ -65,7 +65,7 @@ def topk_select(
     """
     check_temperature("topk_select", temperature)
     logits = check_logits("topk_select", logits, k, vocab_size, vocab_start, group)
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
     ids, values, lse = ops.topk_select(rows, k, temperature, parallel.name_of(group), vocab_start, backend)
     return TopK(ids=ids, values=values, lse=lse, temperature=temperature).reshape(*logits.shape[:-1])
 
@@ -94,7 +94,7 @@ def topk_kl_div(
     flat, kept = ref.reshape(-1), None if mask is None else mask.reshape(-1)
     logits = policy_logits.reshape(-1, vocabulary)
     if name == "reference":
-        check_ids(where, flat.ids, vocabulary)
+        check_ids(where, flat.ids if kept is None else flat.ids.masked_fill(~kept.unsqueeze(1), -1), vocabulary)
         kl = reference.topk_kl_div(logits, flat.ids, flat.values, flat.lse, temperature, direction, tail, kept)
         return kl.reshape(shape)
     options = (temperature, direction, wants_gradient(policy_logits), name)

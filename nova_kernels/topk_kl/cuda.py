@@ -26,8 +26,8 @@ def why_not(device: torch.device, dtype: torch.dtype = torch.float32, k: int = 2
         return reason
     if dtype not in FORMATS:
         return f"the CUDA kernels take {[str(format) for format in FORMATS]}, not {dtype}"
-    if k > MAX_K:
-        return f"the CUDA kernels keep at most {MAX_K} entries, not {k}"
+    if not 2 <= k <= MAX_K:
+        return f"the CUDA kernels keep 2 to {MAX_K} entries, not {k}"
     return _why_not_device(torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -32,6 +32,6 @@ def backward(
         in_triton=runs_triton(hidden.device, hidden.dtype),
     )
     lost = lost_in_rounding(by_kept, ids, gradient_dtype(hidden.dtype, head.sums))
-    if found.hidden is not None and lost is not None:
+    if found.hidden is not None and lost is not None and len(weight) > 0:
         found.hidden.add_(lost * weight.mean(dim=0, dtype=lost.dtype))
     return found.hidden, found.weight

@@ -106,7 +106,9 @@ def linear_topk_kl_div(
     """KL [N], by_kept [N, K], by_lse, maximum and total [N]; [0] where the backward does not need them."""
     ranks, rows = parallel.named(group), kept_rows(mask)
     ids, values, lse = (take(x, rows) for x in (ids, values, lse))
-    check_ids("linear_topk_kl_div", ids, parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, ids.device))
+    end = parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, ids.device)
+    check_k("linear_topk_kl_div", ids.shape[1], end)
+    check_ids("linear_topk_kl_div", ids, end)
     values = values.masked_fill(ids < 0, -torch.inf)
     ids = parallel.local_ids(ids, vocabulary, vocab_start)
     in_triton, hidden_kept = runs_triton(hidden.device, factors), take(hidden.detach(), rows).to(factors)
@@ -209,6 +211,7 @@ def linear_topk_kl_div_backward(
             bias=bias,
             needed=(needed[0], needed[1], needed[2]),
             in_triton=runs_triton(hidden.device, factors),
+            whole=group is None,
         )
     else:
         dhidden, dweight = _path(backend, vocabulary).backward(

@@ -44,12 +44,13 @@ def topk_select(
     logits: Tensor, k: int, temperature: float, group: str | None, vocab_start: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ids int32 [n, K], values [n, K] and lse [n] of logits [n, V] (with a group: this rank's columns)."""
-    backend = choose("topk_select", backend, selection.backends(logits, k))
+    own = min(k, logits.shape[1])  # a rank may have fewer columns
+    backend = choose("topk_select", backend, selection.backends(logits, own))
     ranks = parallel.named(group)
     if ranks is None:
         return selection.select(logits, k, temperature, backend)
     check_k("topk_select", k, parallel.end_of_vocabulary(logits.shape[1], vocab_start, ranks, logits.device))
-    selected = selection.select(logits, min(k, logits.shape[1]), temperature, backend)
+    selected = selection.select(logits, own, temperature, backend)
     ids, values = selection.merged(selected[0], selected[1], k, vocab_start, ranks)
     return ids, values, parallel.gather(selected[2], ranks).logsumexp(dim=0)
 
@@ -74,6 +75,7 @@ def topk_kl_div(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """KL [n] of logits [n, V] from ids int32 and values [n, K], and by_kept [n, K] ([0] without `gradient`)."""
+    ids = ids if mask is None else ids.masked_fill(~mask.unsqueeze(1), -1)
     check_ids("topk_kl_div", ids, policy_logits.shape[1])
     values = values.masked_fill(ids < 0, -torch.inf)
     run = triton.topk_kl_div if backend == "triton" else sparse.topk_kl_div

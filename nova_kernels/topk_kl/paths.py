@@ -12,9 +12,10 @@ gathered         a row of W read for one token
 wait             the host's wait for the sizes of the unions
 
 The CPU's numbers are measured (benchmarks/topk_paths.py, float32, one thread): from 64 tokens on a gathered row costs 7
-to 18 columns, less where neighbours share rows, and a row of a union 0.9 to 2.6. On text union and gather are then
-within a third of each other where gradients are wanted (the forward alone is up to twice as fast by union); where ids
-are more spread, gather is up to four times as fast, so the rule expects unions larger than a young model's.
+to 18 columns (up to 34 where dW outweighs the rest), and a row of a union 0.8 to 2.6 (up to 3.8). On text union and
+gather are then within 40 % of each other where gradients are wanted (the forward alone is up to twice as fast by
+union); where ids are more spread, gather is up to four times as fast, so the rule expects unions larger than a young
+model's.
 
 CUDA's are not yet measured on a GPU: they follow from an H200's 790 TFLOP/s in bfloat16 and 4.3 TB/s, so that a byte
 costs as much as 184 operations. A gathered row of 2 H bytes at 70 % of the bandwidth: 260 columns. A row of a union is

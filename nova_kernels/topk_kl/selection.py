@@ -72,15 +72,16 @@ def select_from_head(
     ids = torch.empty(len(hidden), own, dtype=torch.int32, device=hidden.device)
     values, found = hidden.new_empty(len(hidden), own, dtype=head.sums), []
     buffer = head.buffer(len(hidden))
+    scratch = torch.empty_like(buffer)
     plain, backend = head.bias is None and head.softcap is None, fastest(buffer, own)
     for part in chunks(len(hidden), len(buffer)) if len(hidden) else [slice(0, 0)]:
         products = head.products(hidden[part], buffer)
-        logits = products if plain else head.logits_(products.clone())
+        logits = products if plain else head.logits_(scratch[: len(products)].copy_(products))
         thresholds = backend == "threshold" and own > 0  # without the log-sum-exp, which comes from the products
         ids[part] = threshold.topk_select(logits, own)[0] if thresholds else select(logits, own, 1.0, backend)[0]
         at_ids = kept_logits(gather_inside(products, ids[part]), ids[part], head.bias, head.softcap)
         values[part] = at_ids.masked_fill_(ids[part] < 0, -torch.inf)
-        found.append(walk.block_stats(products, head, temperature, in_triton=in_triton))
+        found.append(walk.block_stats(products, head, temperature, in_triton=in_triton, exponentials=scratch))
     stats = parallel.merged(RowStats(*(joined(parts) for parts in zip(*found, strict=True))), group)
     if group is not None:
         ids, values = merged(ids, values, k, vocab_start, group)

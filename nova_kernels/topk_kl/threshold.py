@@ -21,25 +21,26 @@ from nova_kernels.topk_kl import reference
 
 def topk_select(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """ids int32 [n, K] ascending (-1 unused) and values [n, K] of logits float32 or float64 [n, V]; see reference."""
-    threshold = _kth_largest(logits, k)
+    threshold, not_a_number = _kth_largest(logits, k)
     candidates = _positions(logits >= threshold)
     ids = _one_choice(candidates, len(logits), logits.shape[1], k)
-    if ids is not None and bool((threshold > -torch.inf).all()):
+    if ids is not None and bool((threshold > -torch.inf).all()) and not bool(not_a_number.any()):
         return ids.int(), logits.gather(1, ids)
     ids = _first_ties(logits, threshold.squeeze(1), candidates, k)
     values = reference.kept_logits(logits, ids)
-    not_a_number = logits.isnan().any(dim=1)
     if bool(not_a_number.any()):
         ids[not_a_number], values[not_a_number] = reference.topk_select(logits[not_a_number], k)
     return ids, values
 
 
-def _kth_largest(logits: Tensor, k: int) -> Tensor:
-    """[n, 1]; NaN counts as the largest."""
+def _kth_largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[n, 1], NaN counting as the largest, and whether a row has a NaN, bool [n]."""
     if logits.device.type != "cpu":
-        return logits.topk(k, dim=-1).values[:, -1:]
+        largest = logits.topk(k, dim=-1).values
+        return largest[:, -1:], largest.isnan().any(dim=1)
     place = logits.shape[1] - k
-    return torch.from_numpy(np.partition(logits.numpy(), place, axis=-1)[:, place : place + 1])
+    largest = torch.from_numpy(np.partition(logits.numpy(), place, axis=-1)[:, place:])
+    return largest[:, :1], largest.isnan().any(dim=1)
 
 
 def _positions(keep: Tensor) -> Tensor:
