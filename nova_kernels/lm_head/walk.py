@@ -139,7 +139,7 @@ def backward(
                 dbias[part] += g.sum(dim=0, dtype=head.sums)
         row_sums.finish()
     if dhidden is not None and terms.scale is not None and head.vocabulary > 0 and _rounds(head):
-        dhidden.addmm_(lost, head.weight.mean(dim=0, keepdim=True, dtype=head.sums))
+        arithmetic.add_product_(dhidden, lost, head.weight.mean(dim=0, keepdim=True, dtype=head.sums))
     return Gradients(dhidden, dweight, dbias if dbias is None or bias is None else dbias.to(bias.dtype))
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from nova_kernels.lm_head import Head, RowTerms, arithmetic_dtype, parallel, spread, take, walk
 from nova_kernels.lm_head.rows import RowStats, log_sum_exp
 from nova_kernels.logprob.targets import check_targets, counted_rows
-from nova_kernels.topk_kl.entries import check_ids, check_k
+from nova_kernels.topk_kl.entries import check_ids
 from nova_kernels.topk_kl.kept import KeptKL, kept_kl
 
 NineTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -68,14 +68,12 @@ def linear_logprobs(
     in_triton: bool,
 ) -> NineTensors:
     """Outputs; `entropy` and `gradient` say what is wanted, ids, values [N, K] and lse [N] are the reference's."""
-    num_rows, ranks = len(hidden), parallel.named(group)
-    rows = counted_rows(targets, ignore_index)
+    ranks, rows = parallel.named(group), counted_rows(targets, ignore_index)
     targets = take(targets, rows)
     end = parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, hidden.device)
     check_targets(targets, end, ignore_index)
     local_ids = None
     if ids is not None and values is not None:
-        check_k("linear_logprobs", ids.shape[1], end)
         check_ids("linear_logprobs", ids := take(ids, rows), end)
         values = take(values, rows).masked_fill(ids < 0, -torch.inf)
         local_ids = parallel.local_ids(ids, vocabulary, vocab_start)
@@ -107,7 +105,7 @@ def linear_logprobs(
             in_triton=in_triton,
         )
     everything = _row_terms(stats, kl, entropy=entropy, gradient=gradient)
-    outputs = (stats.total.new_empty(0) if x is None else spread(x, rows, num_rows) for x in everything)
+    outputs = (stats.total.new_empty(0) if x is None else spread(x, rows, len(hidden)) for x in everything)
     return Outputs._make([*outputs, exponentials])
 
 

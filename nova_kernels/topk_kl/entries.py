@@ -159,9 +159,10 @@ def check_lse_temperature(where: str, ref: TopK, temperature: float) -> None:
 
 
 def check_ids(where: str, ids: Tensor, vocabulary: int | Tensor) -> None:
-    """Ids int32 [..., K] outside [-1, vocabulary): an error on the CPU, an asynchronous assertion elsewhere."""
+    """More ids int32 [..., K] than a vocabulary has, or outside [-1, vocabulary): an error (asynchronous on CUDA)."""
     if ids.numel() == 0:
         return
+    check_k(where, ids.shape[-1], vocabulary)
     lowest, highest = ids.aminmax()
     if highest.device.type != "cpu":
         inside = (lowest >= -1) & (highest < vocabulary)

@@ -106,9 +106,7 @@ def linear_topk_kl_div(
     """KL [N], by_kept [N, K], by_lse, maximum and total [N]; [0] where the backward does not need them."""
     ranks, rows = parallel.named(group), kept_rows(mask)
     ids, values, lse = (take(x, rows) for x in (ids, values, lse))
-    end = parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, ids.device)
-    check_k("linear_topk_kl_div", ids.shape[1], end)
-    check_ids("linear_topk_kl_div", ids, end)
+    check_ids("linear_topk_kl_div", ids, parallel.end_of_vocabulary(vocabulary, vocab_start, ranks, ids.device))
     values = values.masked_fill(ids < 0, -torch.inf)
     ids = parallel.local_ids(ids, vocabulary, vocab_start)
     in_triton, hidden_kept = runs_triton(hidden.device, factors), take(hidden.detach(), rows).to(factors)
