@@ -56,10 +56,20 @@ class RowTerms(NamedTuple):
         return self if start == 0 else self._replace(targets=targets, ids=ids)
 
 
+def _all_inside(columns: Tensor, width: int) -> bool:
+    """Whether all columns int [n, K] are in [0, width), if the host can know without waiting."""
+    if columns.device.type != "cpu" or columns.numel() == 0:
+        return False
+    lowest, highest = columns.aminmax()
+    return int(lowest) >= 0 and int(highest) < width
+
+
 def gather_inside(values: Tensor, columns: Tensor) -> Tensor:
     """values [n, V] at columns int [n, K], 0 at columns outside it."""
     if values.shape[1] == 0:
         return values.new_zeros(columns.shape)
+    if _all_inside(columns, values.shape[1]):
+        return values.gather(1, columns.long())
     inside = (columns >= 0) & (columns < values.shape[1])
     return values.gather(1, columns.where(inside, 0).long()).where(inside, 0.0)
 
@@ -68,6 +78,8 @@ def scatter_inside_(values: Tensor, columns: Tensor, added: Tensor) -> Tensor:
     """Add `added` [n, K] to values [n, V] at columns int [n, K], unless they are outside it."""
     if values.shape[1] == 0:
         return values
+    if _all_inside(columns, values.shape[1]):
+        return values.scatter_add_(1, columns.long(), added)
     inside = (columns >= 0) & (columns < values.shape[1])
     return values.scatter_add_(1, columns.where(inside, 0).long(), added.where(inside, 0.0))
 
