@@ -80,7 +80,7 @@ def test_inputs_that_no_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_why_not_device", lambda index: None)
     device = torch.device("cuda", 0)
     assert cuda.why_not(device, torch.bfloat16, 4096) is None
-    assert cuda.why_not(device, torch.float32, 4097) == "the CUDA kernels keep at most 4096 entries, not 4097"
+    assert cuda.why_not(device, torch.float32, 4097) == "the CUDA kernels keep 2 to 4096 entries, not 4097"
     assert "not torch.float64" in str(cuda.why_not(device, torch.float64))
 
 
