@@ -143,6 +143,16 @@ def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float64 and why_not_triton(device) is None
 
 
+def fastest_first(
+    device: torch.device, compiled: Mapping[str, str | None], plain: Mapping[str, str | None]
+) -> dict[str, str | None]:
+    """Reasons of compiled kernels and of PyTorch's, in the order for `choose`.
+
+    Kernels come last on the CPU: Triton's are interpreted there, for tests, by name.
+    """
+    return {**plain, **compiled} if device.type == "cpu" else {**compiled, **plain}
+
+
 def asked_for(requested: str | None, name: str) -> bool:
     """Whether a backend of this name was asked for, by argument or environment."""
     return (requested or os.environ.get(ENVIRONMENT_VARIABLE)) == name

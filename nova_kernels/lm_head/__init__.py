@@ -11,7 +11,6 @@ walks, what they hold and what they cost.
 from nova_kernels.lm_head import arithmetic, parallel, rows, walk
 from nova_kernels.lm_head.arithmetic import (
     CHUNK_ELEMENTS,
-    CHUNK_ELEMENTS_ELSEWHERE,
     add_product_,
     arithmetic_dtype,
     chunk_elements,
@@ -27,12 +26,9 @@ from nova_kernels.lm_head.arithmetic import (
 )
 from nova_kernels.lm_head.head import Head, check_head, dense_logits, kept_logits, softcap_slope
 from nova_kernels.lm_head.rows import RowStats, RowTerms
-from nova_kernels.lm_head.walk import Gradients
 
 __all__ = [
     "CHUNK_ELEMENTS",
-    "CHUNK_ELEMENTS_ELSEWHERE",
-    "Gradients",
     "Head",
     "RowStats",
     "RowTerms",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nova_kernels.backend import choose, why_not_triton
+from nova_kernels.backend import choose, fastest_first, why_not_triton
 from nova_kernels.lm_head import check_head, factor_dtype, parallel, wants_gradient
 from nova_kernels.logprob import composed, ops
 from nova_kernels.logprob.targets import check_shape
@@ -17,10 +17,8 @@ from nova_kernels.topk_kl.entries import check_divergence, check_temperature
 def backends(hidden: Tensor, weight: Tensor, group: torch.distributed.ProcessGroup | None) -> dict[str, str | None]:
     """Backends for such a head, fastest first, each with the reason it cannot run."""
     double = "it has no float64" if torch.float64 in (hidden.dtype, weight.dtype) else None
-    reasons = {"chunked": None, "reference": parallel.why_not(group)}
     compiled = {"triton": why_not_triton(hidden.device) or double}
-    # On the CPU Triton's kernels are interpreted: for tests, by name.
-    return {**reasons, **compiled} if hidden.device.type == "cpu" else {**compiled, **reasons}
+    return fastest_first(hidden.device, compiled, {"chunked": None, "reference": parallel.why_not(group)})
 
 
 def terms_of(
@@ -47,7 +45,7 @@ def terms_of(
     check_temperature(where, temperature)
     check_shape(where, hidden, targets)
     if ref is not None:
-        everywhere = vocabulary if group is None else max(vocabulary, ref.k)
+        everywhere = vocabulary if group is None else None
         check_divergence(where, ref, hidden.shape[:1], everywhere, temperature, direction, tail)
     name = choose(where, backend, backends(hidden, weight, group))
     if name == "reference":

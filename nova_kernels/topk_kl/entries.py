@@ -76,14 +76,17 @@ def check_temperature(where: str, temperature: float) -> None:
         raise ValueError(f"{where}: temperature must be positive and finite, got {temperature}")
 
 
-def check_k(where: str, k: int, vocabulary: int | Tensor) -> None:
-    """Refuse a k that leaves no distribution, or that the vocabulary cannot serve (on CUDA, asynchronously)."""
+def check_k(where: str, k: int, vocabulary: int | Tensor | None) -> None:
+    """Refuse a k that leaves no distribution, or that the vocabulary cannot serve (on CUDA, asynchronously).
+
+    None is a vocabulary split over ranks, whose size is known inside the op alone.
+    """
     if isinstance(vocabulary, Tensor) and vocabulary.device.type != "cpu":
         torch._assert_async(vocabulary >= k, f"{where}: k is beyond the vocabulary")
         return
     if k < 2:
         raise ValueError(f"{where}: k must be at least 2 (over one token the renormalised KL is always 0), got {k}")
-    if k > int(vocabulary):
+    if vocabulary is not None and k > int(vocabulary):
         raise ValueError(f"{where}: k must not exceed the vocabulary of {int(vocabulary)}, got {k}")
 
 
@@ -91,13 +94,16 @@ def check_divergence(
     where: str,
     ref: TopK,
     rows: torch.Size,
-    vocabulary: int,
+    vocabulary: int | None,
     temperature: float,
     direction: str,
     tail: str,
     mask: Tensor | None = None,
 ) -> None:
-    """Refuse a reference that does not belong to policy logits of shape [*rows, vocabulary], or unknown options."""
+    """Refuse a reference that does not belong to policy logits of shape [*rows, vocabulary], or unknown options.
+
+    A `vocabulary` of None is split over ranks (see check_k).
+    """
     check_options(where, rows, temperature, direction, tail, mask)
     if tail == "bucket":
         check_lse_temperature(where, ref, temperature)
@@ -134,7 +140,7 @@ def check_logits(
     if vocab_start < 0 or (vocab_start > 0 and group is None):
         raise ValueError(f"{where}: vocab_start {vocab_start} without a group, or below 0; it is this rank's first id")
     if group is not None:
-        check_k(where, k, max(k, 2))  # all of the vocabulary is known to the op alone
+        check_k(where, k, None)
         own = vocabulary if vocab_size is None else max(0, min(vocabulary, vocab_size - vocab_start))
         return logits.detach()[..., :own]
     if vocab_size is not None and not 0 < vocab_size <= vocabulary:

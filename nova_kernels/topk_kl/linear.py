@@ -43,7 +43,7 @@ def linear_topk_select(
     where = "linear_topk_select"
     vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size, vocab_start, group)
     check_temperature(where, temperature)
-    check_k(where, k, vocabulary if group is None else max(k, 2))  # a split vocabulary is known to the op alone
+    check_k(where, k, vocabulary if group is None else None)
     check_mask(where, mask, hidden.shape[:1])
     hidden = hidden.detach()
     if choose(where, backend, {"dense": None, "reference": parallel.why_not(group)}) == "dense":
@@ -97,7 +97,7 @@ def linear_topk_kl_div(
     """
     where = "linear_topk_kl_div"
     vocabulary = lm_head.check_head(where, hidden, weight, bias, softcap, vocab_size, vocab_start, group)
-    everywhere = vocabulary if group is None else max(vocabulary, ref.k)
+    everywhere = vocabulary if group is None else None
     check_divergence(where, ref, hidden.shape[:1], everywhere, temperature, direction, tail, mask)
     name = choose(where, backend, _backends(hidden, weight, ref.k, vocabulary, tail, group))
     if name == "reference":

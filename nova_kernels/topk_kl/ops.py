@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nova_kernels.backend import choose, runs_triton, why_not_triton
+from nova_kernels.backend import choose, fastest_first, runs_triton, why_not_triton
 from nova_kernels.lm_head import arithmetic_dtype, parallel
 from nova_kernels.topk_kl import cuda, selection, sparse, triton
 from nova_kernels.topk_kl.entries import check_ids, check_k
@@ -22,21 +22,15 @@ from nova_kernels.topk_kl.entries import check_ids, check_k
 def backends(policy_logits: Tensor) -> dict[str, str | None]:
     """Backends of topk_kl_div, fastest first, each with the reason it cannot run."""
     double = "it has no float64" if policy_logits.dtype == torch.float64 else None
-    compiled, plain = {"triton": why_not_triton(policy_logits.device) or double}, {"sparse": None, "reference": None}
-    # On the CPU Triton's kernels are interpreted: for tests, by name.
-    return {**plain, **compiled} if policy_logits.device.type == "cpu" else {**compiled, **plain}
+    compiled = {"triton": why_not_triton(policy_logits.device) or double}
+    return fastest_first(policy_logits.device, compiled, {"sparse": None, "reference": None})
 
 
 def backends_from_logits(policy_logits: Tensor, ref_logits: Tensor, k: int) -> dict[str, str | None]:
     """Backends of topk_kl_div_from_logits: those that finish the KL where they select, and those that do not."""
-    selecting = (selection.backends(logits, k) for logits in (policy_logits, ref_logits))
-    compiled = {name: next((r for r in reasons if r), None) for name, *reasons in _of_both(*selecting)}
-    plain: dict[str, str | None] = {"sparse": None, "reference": None}
-    return {**plain, **compiled} if policy_logits.device.type == "cpu" else {**compiled, **plain}
-
-
-def _of_both(one: dict[str, str | None], other: dict[str, str | None]) -> list[tuple[str, str | None, str | None]]:
-    return [(name, one[name], other[name]) for name in ("cuda", "triton")]
+    policy, ref = (selection.backends(logits, k) for logits in (policy_logits, ref_logits))
+    compiled = {name: policy[name] or ref[name] for name in ("cuda", "triton")}
+    return fastest_first(policy_logits.device, compiled, {"sparse": None, "reference": None})
 
 
 @torch.library.custom_op("nova_kernels::topk_select", mutates_args=())
@@ -113,8 +107,7 @@ def topk_kl_div_from_logits(
     backend = choose("topk_kl_div_from_logits", backend, backends_from_logits(policy_logits, ref_logits, k))
     if backend == "sparse":
         ids, values, _ = selection.select(ref_logits, k, temperature, selection.fastest(ref_logits, k))
-        found = sparse.topk_kl_div(policy_logits, ids, values, temperature, direction, mask, gradient=gradient)
-        kl, by_kept = found
+        kl, by_kept = sparse.topk_kl_div(policy_logits, ids, values, temperature, direction, mask, gradient=gradient)
     else:
         run = (cuda if backend == "cuda" else triton).topk_kl_div_from_logits
         kl, by_kept, ids = run(policy_logits, ref_logits, k, temperature, direction, mask, gradient=gradient)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nova_kernels.backend import why_not_triton
+from nova_kernels.backend import fastest_first, why_not_triton
 from nova_kernels.lm_head import Head, arithmetic_dtype, chunk_rows, chunks, kept_logits, parallel, walk
 from nova_kernels.lm_head.arithmetic import joined
 from nova_kernels.lm_head.rows import RowStats, gather_inside, log_sum_exp
@@ -26,9 +26,7 @@ def backends(logits: Tensor, k: int) -> dict[str, str | None]:
         "cuda": cuda.why_not(logits.device, logits.dtype, k),
         "triton": why_not_triton(logits.device) or double or triton.why_not(logits.shape[-1], k),
     }
-    plain: dict[str, str | None] = {"threshold": None, "reference": None}
-    # On the CPU Triton's kernels are interpreted: for tests, by name.
-    return {**plain, **compiled} if logits.device.type == "cpu" else {**compiled, **plain}
+    return fastest_first(logits.device, compiled, {"threshold": None, "reference": None})
 
 
 def fastest(logits: Tensor, k: int) -> str:

@@ -48,7 +48,7 @@ class Block:
 
 def block_tokens(vocabulary: int, kept: int, device: torch.device) -> int:
     """Tokens of a block whose tile cannot outgrow CHUNK_ELEMENTS."""
-    bound = lm_head.CHUNK_ELEMENTS.get(device.type, lm_head.CHUNK_ELEMENTS_ELSEWHERE)
+    bound = lm_head.chunk_elements(device)
     tokens = BLOCK_TOKENS.get(device.type, BLOCK_TOKENS_ELSEWHERE)
     while tokens > 1 and tokens * min(vocabulary, tokens * kept) > bound:
         tokens //= 2
