@@ -1,0 +1,264 @@
+"""What a plan costs on a chain of layers: bytes at the worst moment, and work done twice.
+
+While segment j runs backward, the bytes that segments 0 .. j - 1 keep are alive, and nothing of the later ones:
+
+    peak = fixed + max over    forward of layer l      kept so far + input of l + forward(l)
+                               loss                    kept by all + loss
+                               backward of segment j   kept by 0 .. j - 1 + what j needs
+
+    keep      keeps what autograd saves; layer l needs   saved up to l + backward(l)
+    segment   keeps its boundary (its first input); needs the same, computed again from there
+    nested    keeps its boundary; needs the inputs of its layers up to l, and saved and backward of l alone
+    offload   keeps nothing on the device; needs what a segment needs, and its boundary one segment earlier
+
+With FSDP2 the layers that are unsharded count as well: all that a segment has computed again, those gathered ahead,
+and one full gradient. Plain integers; nothing here knows of tensors. docs/kernels/checkpoint.md has the derivation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal, get_args
+
+Action = Literal["keep", "segment", "nested", "offload"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCost:
+    """One layer at one number of tokens; bytes, unless stated otherwise."""
+
+    boundary: int  # its input
+    saved: int  # kept by autograd for backward, without the input, parameters and what several layers share
+    saves_input: bool  # whether autograd keeps the input as well
+    forward: int  # most alive in a forward pass that keeps nothing, above what was alive before; its output counts
+    recompute: int  # the same for a pass that keeps `saved`
+    backward: int  # most alive in backward above `saved` and the input; the gradient that comes in counts
+    weights: int = 0  # its parameters
+    flops: int = 1  # of one forward pass
+    tail_flops: int = 0  # of those, behind the last tensor saved: a second pass leaves them out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chain:
+    """Layers in order, and what surrounds them."""
+
+    layers: tuple[LayerCost, ...]
+    loss: int = 0  # most alive in head, loss and their backward, above what the layers keep
+    fixed: int = 0  # alive all along: what layers share
+    num_tokens: int | None = None  # at which this holds, for messages
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("Chain: expected at least one layer, got none")
+
+    @property
+    def flops(self) -> int:
+        """Of one forward pass through the layers."""
+        return sum(layer.flops for layer in self.layers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FSDP:
+    """Layers sharded one by one by FSDP2's fully_shard."""
+
+    prefetch: int = 1  # layers gathered ahead of the one that runs
+    reshard: bool = False  # shard each layer again within a recomputation: one is unsharded instead of a segment's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The road to host memory, for offloaded boundaries."""
+
+    flops_per_second: float = 400e12  # of the layers, to know what a copy can hide behind
+    bytes_per_second: float = 25e9  # of the link, one way
+    latency_seconds: float = 20e-6  # of one copy; never hidden, so that nothing is offloaded without need
+    host_bytes: int | None = None  # pinned memory there is; None: as much as it takes
+
+    def exposed_flops(self, num_bytes: int, flops: int) -> int:
+        """Work that could be done while the segment waits for its two copies; `flops` of its forward pass."""
+        copy, forward = num_bytes / self.bytes_per_second, flops / self.flops_per_second
+        waits = 2 * self.latency_seconds + max(0.0, copy - forward) + max(0.0, copy - 3 * forward)
+        return round(waits * self.flops_per_second)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentCost:
+    """One segment by itself; bytes above what the segments before it keep."""
+
+    forward: int  # most alive in forward
+    backward: int  # most alive in backward
+    kept: int  # left alive between the two
+    in_flight: int = 0  # of an offloaded boundary, while its copy runs: into the loss, and ahead of the backward
+    host_bytes: int = 0
+    recompute_flops: int = 0
+    time_flops: int = 0  # the same and the waits, in work that could be done meanwhile
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """A whole plan."""
+
+    peak_bytes: int
+    peak_at: str  # "forward of segment 3", "loss", "backward of segment 3"
+    recompute_flops: int
+    time_flops: int
+    host_bytes: int
+    segments: tuple[SegmentCost, ...] = field(repr=False)
+
+
+def simulate(
+    chain: Chain,
+    bounds: Sequence[int],
+    actions: Sequence[Action],
+    *,
+    fsdp: FSDP | None = None,
+    host: Host | None = None,
+) -> Cost:
+    """The cost of a plan: segment j holds the layers bounds[j] .. bounds[j + 1] - 1 and does actions[j].
+
+    Raises:
+        ValueError: bounds that do not run from 0 to the number of layers, or as many actions as segments missing.
+    """
+    check_plan(len(chain.layers), bounds, actions)
+    costs = [
+        segment_cost(chain, start, stop, action, fsdp=fsdp, host=host)
+        for (start, stop), action in zip(pairwise(bounds), actions, strict=True)
+    ]
+    moments: list[tuple[int, str]] = []
+    kept, before = 0, 0
+    for index, cost in enumerate(costs):
+        moments.append((kept + cost.forward, f"forward of segment {index}"))
+        moments.append((kept + before + cost.backward, f"backward of segment {index}"))
+        kept, before = kept + cost.kept, cost.in_flight
+    moments.append((kept + before + chain.loss, "loss"))
+    peak, where = max(moments, key=lambda moment: moment[0])
+    return Cost(
+        peak_bytes=chain.fixed + peak,
+        peak_at=where,
+        recompute_flops=sum(cost.recompute_flops for cost in costs),
+        time_flops=sum(cost.time_flops for cost in costs),
+        host_bytes=sum(cost.host_bytes for cost in costs),
+        segments=tuple(costs),
+    )
+
+
+def segment_cost(
+    chain: Chain, start: int, stop: int, action: Action, *, fsdp: FSDP | None = None, host: Host | None = None
+) -> SegmentCost:
+    """The cost of the layers start .. stop - 1 as one segment."""
+    layers = chain.layers[start:stop]
+    boundary = layers[0].boundary
+    if action == "keep":
+        return _kept(chain, start, stop, fsdp)
+    forward = _forward(chain, start, stop, fsdp)
+    flops = sum(layer.flops for layer in layers)
+    if action == "nested":
+        backward = _backward_nested(chain, start, stop, fsdp)
+        recompute = flops - layers[-1].flops + sum(layer.flops - layer.tail_flops for layer in layers)
+    else:
+        backward = _backward(chain, start, stop, fsdp)
+        recompute = flops - layers[-1].tail_flops
+    if action != "offload":
+        return SegmentCost(
+            forward=forward, backward=backward, kept=boundary, recompute_flops=recompute, time_flops=recompute
+        )
+    return SegmentCost(
+        forward=forward,
+        backward=backward,
+        kept=0,
+        in_flight=boundary,
+        host_bytes=boundary,
+        recompute_flops=recompute,
+        time_flops=recompute + (host or Host()).exposed_flops(boundary, flops),
+    )
+
+
+def _kept(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> SegmentCost:
+    forward = backward = kept = 0
+    for index in range(start, stop):
+        layer = chain.layers[index]
+        gathered = _unsharded(chain, index, index, fsdp, ahead=1)
+        forward = max(forward, kept + layer.boundary + layer.recompute + gathered)
+        kept += layer.saved + layer.boundary * layer.saves_input
+        gathered = _unsharded(chain, index, index, fsdp)
+        backward = max(backward, kept + layer.backward + gathered + _gradient(layer, fsdp))
+    return SegmentCost(forward=forward, backward=backward, kept=kept)
+
+
+def _forward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
+    """Most alive while a segment runs forward and keeps its boundary alone."""
+    layers = chain.layers
+    return max(
+        layers[start].boundary
+        + (layers[index].boundary if index > start else 0)
+        + layers[index].forward
+        + _unsharded(chain, index, index, fsdp, ahead=1)
+        for index in range(start, stop)
+    )
+
+
+def _backward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
+    """Most alive while a segment is computed again, and then while its layers run backward."""
+    layers, gradient = chain.layers, _incoming(chain, stop)
+    alive = layers[start].boundary
+    peak = 0
+    for index in range(start, stop):
+        layer = layers[index]
+        first = index if fsdp is not None and fsdp.reshard else start
+        weights = _unsharded(chain, first, index, fsdp)
+        hidden = layer.boundary if index > start else 0
+        peak = max(peak, alive + hidden + layer.recompute + gradient + weights)
+        alive += layer.saved + hidden * layer.saves_input
+        peak = max(peak, alive + layer.backward + weights + _gradient(layer, fsdp))
+    return peak
+
+
+def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
+    """Most alive while the inputs of a segment's layers are computed again, and then one layer after the other."""
+    layers, gradient = chain.layers, _incoming(chain, stop)
+    inputs = peak = 0
+    for index in range(start, stop):
+        layer = layers[index]
+        inputs += layer.boundary
+        first = index if fsdp is not None and fsdp.reshard else start
+        weights = _unsharded(chain, first, index, fsdp)
+        again = layer.recompute if index == stop - 1 else max(layer.forward, layer.recompute)
+        peak = max(peak, inputs + again + gradient + weights)
+        peak = max(peak, inputs + layer.saved + layer.backward + weights + _gradient(layer, fsdp))
+    return peak
+
+
+def _incoming(chain: Chain, stop: int) -> int:
+    """The gradient that waits while a segment is computed again: as large as the segment's output."""
+    return chain.layers[min(stop, len(chain.layers) - 1)].boundary
+
+
+def _unsharded(chain: Chain, first: int, last: int, fsdp: FSDP | None, *, ahead: int = -1) -> int:
+    """Weights of the layers first .. last, and of those gathered ahead: below them in backward, above in forward."""
+    if fsdp is None:
+        return 0
+    below, above = (fsdp.prefetch, 0) if ahead < 0 else (0, fsdp.prefetch)
+    return sum(layer.weights for layer in chain.layers[max(0, first - below) : last + above + 1])
+
+
+def _gradient(layer: LayerCost, fsdp: FSDP | None) -> int:
+    """The full gradient of one layer, before it is reduced and sharded."""
+    return 0 if fsdp is None else layer.weights
+
+
+def check_plan(num_layers: int, bounds: Sequence[int], actions: Sequence[str]) -> None:
+    """Refuse bounds and actions that are no plan for this many layers.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_layers or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"bounds must rise from 0 to the {num_layers} layers, got {list(bounds)}")
+    if len(actions) != len(bounds) - 1:
+        raise ValueError(f"expected one action for each of {len(bounds) - 1} segments, got {len(actions)}")
+    for action in actions:
+        if action not in ACTIONS:
+            raise ValueError(f"unknown action {action!r}; expected one of {list(ACTIONS)}")

@@ -1,0 +1,162 @@
+"""The dynamic program behind plan_segments: partial plans, layer by layer, without those that can never win.
+
+From every layer i, each segment i .. j - 1 with each action is tried. It fits if
+
+    kept so far + what it needs in forward, and in backward  <=  budget
+
+A partial plan is a label (time, bytes kept, ...) at layer j; one that is no better in any of them than another label
+there is dropped, since labels decide everything that comes later. The result equals brute force. Only beyond MAX_LABELS
+labels at one layer their bytes are rounded up to a grid of the budget, which keeps the plan safe, if no longer optimal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from nova_kernels.checkpoint.cost import FSDP, Action, Chain, Host, SegmentCost, segment_cost, simulate
+
+MAX_LABELS = 1024  # partial plans at one layer that are compared exactly
+GRID = 1024  # steps of the budget beyond that
+
+Plan = tuple[tuple[int, ...], tuple[Action, ...]]  # bounds and actions
+
+
+class _Label(NamedTuple):
+    """A partial plan up to a layer. The first fields are compared, in this order."""
+
+    time: int  # FLOPs done again, and waits in FLOPs
+    kept: int  # bytes left alive
+    in_flight: int  # of these, none: bytes of an offloaded boundary right before, which come on top once
+    host: int  # bytes offloaded, where they are limited
+    stop: int
+    action: Action | None
+    previous: _Label | None
+
+
+class Program:
+    """All plans of one chain."""
+
+    def __init__(self, chain: Chain, actions: Sequence[Action], fsdp: FSDP | None, host: Host | None) -> None:
+        self._chain = chain
+        self._actions = actions
+        self._fsdp = fsdp
+        self._host = host
+        self._limit = None if host is None else host.host_bytes
+        self._largest = max(layer.boundary for layer in chain.layers)
+        self._costs: dict[tuple[int, int], list[tuple[Action, SegmentCost]]] = {}
+
+    def fastest(self, budget: int) -> Plan | None:
+        """The plan with the least time whose peak is at most the budget; None if there is none."""
+        return self._best(budget - self._chain.fixed, timed=True)
+
+    def leanest(self) -> tuple[int, Plan]:
+        """The lowest peak there is, and the fastest plan at it."""
+        plan = self._best(self._above_everything(), timed=False)
+        assert plan is not None
+        low, high = 0, self._peak(plan)
+        while low < high:
+            middle = (low + high) // 2
+            found = self._best(middle - self._chain.fixed, timed=False)
+            if found is None:
+                low = middle + 1
+            else:
+                plan, high = found, self._peak(found)
+        return high, self.fastest(high) or plan
+
+    def _peak(self, plan: Plan) -> int:
+        return simulate(self._chain, *plan, fsdp=self._fsdp, host=self._host).peak_bytes
+
+    def _above_everything(self) -> int:
+        layers = self._chain.layers
+        each = sum(2 * l.boundary + l.saved + l.forward + l.recompute + l.backward + 4 * l.weights for l in layers)
+        return each + self._chain.loss
+
+    def _best(self, budget: int, *, timed: bool) -> Plan | None:
+        num_layers = len(self._chain.layers)
+        ending: list[list[_Label]] = [[] for _ in range(num_layers + 1)]
+        ending[0] = [_Label(0, 0, 0, 0, 0, None, None)]
+        for start in range(num_layers):
+            labels = _undominated(ending[start], budget)
+            if not labels:
+                continue
+            room = budget - min(label.kept for label in labels)
+            for stop, action, cost in self._segments(start, room):
+                waits = cost.time_flops if timed else 0
+                hosted = cost.host_bytes if self._limit is not None else 0
+                for label in labels:
+                    if label.kept + max(
+                        cost.forward, label.in_flight + cost.backward
+                    ) <= budget and label.host + hosted <= (self._limit or 0):
+                        ending[stop].append(
+                            _Label(
+                                label.time + waits,
+                                label.kept + cost.kept,
+                                cost.in_flight,
+                                label.host + hosted,
+                                stop,
+                                action,
+                                label,
+                            )
+                        )
+        done = [label for label in ending[-1] if label.kept + label.in_flight + self._chain.loss <= budget]
+        return _path(min(done, key=lambda label: label[:4])) if done else None
+
+    def _segments(self, start: int, room: int) -> Iterator[tuple[int, Action, SegmentCost]]:
+        """Segments from here that may fit into the room; no longer one can, once all actions need far too much."""
+        for stop in range(start + 1, len(self._chain.layers) + 1):
+            costs = self._segment_costs(start, stop)
+            for action, cost in costs:
+                if max(cost.forward, cost.backward) <= room:
+                    yield stop, action, cost
+            longer = [max(c.forward, c.backward - self._largest) for action, c in costs if action != "keep"]
+            if not longer or min(longer) > room:
+                return
+
+    def _segment_costs(self, start: int, stop: int) -> list[tuple[Action, SegmentCost]]:
+        """Cost by action; layers are kept one by one, and a single layer is never nested."""
+        known = self._costs.get((start, stop))
+        if known is None:
+            single = stop == start + 1
+            known = [
+                (action, segment_cost(self._chain, start, stop, action, fsdp=self._fsdp, host=self._host))
+                for action in self._actions
+                if not (action == "keep" and not single) and not (action == "nested" and single)
+            ]
+            self._costs[start, stop] = known
+        return known
+
+
+def _undominated(labels: list[_Label], budget: int) -> list[_Label]:
+    """The labels that may still win, best time first."""
+    front = _front(labels)
+    if len(front) > MAX_LABELS:
+        step = max(1, budget // GRID)
+        front = _front([label._replace(kept=-(-label.kept // step) * step) for label in front])
+    return front
+
+
+def _front(labels: list[_Label]) -> list[_Label]:
+    least: dict[tuple[int, int], int] = {}  # (in flight, on the host) -> fewest bytes kept so far
+    front = []
+    for label in sorted(labels, key=lambda label: label[:4]):
+        flight, host = label.in_flight, label.host
+        if any(kept <= label.kept and f <= flight and h <= host for (f, h), kept in least.items()):
+            continue
+        least[flight, host] = label.kept
+        front.append(label)
+    return front
+
+
+def _path(label: _Label) -> Plan:
+    """Bounds and actions that led to a label; neighbours that are kept become one segment."""
+    bounds, actions = [label.stop], []
+    step: _Label | None = label
+    while step is not None and step.previous is not None and step.action is not None:
+        if not (step.action == "keep" and actions and actions[-1] == "keep"):
+            actions.append(step.action)
+            bounds.append(step.previous.stop)
+        else:
+            bounds[-1] = step.previous.stop
+        step = step.previous
+    return tuple(bounds[::-1]), tuple(actions[::-1])
