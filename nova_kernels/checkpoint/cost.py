@@ -5,6 +5,7 @@ While segment j runs backward, the bytes that segments 0 .. j - 1 keep are alive
     peak = fixed + max over    forward of layer l      kept so far + input of l + forward(l)
                                loss                    kept by all + loss
                                backward of segment j   kept by 0 .. j - 1 + what j needs
+                               embedding               its own backward, last of all
 
     keep      keeps what autograd saves; layer l needs   saved up to l + backward(l)
     segment   keeps its boundary (its first input); needs the same, computed again from there
@@ -20,10 +21,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 Action = Literal["keep", "segment", "nested", "offload"]
-ACTIONS: tuple[Action, ...] = get_args(Action)
+ACTIONS: tuple[Action, ...] = ("keep", "segment", "nested", "offload")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class Chain:
 
     layers: tuple[LayerCost, ...]
     loss: int = 0  # most alive in head, loss and their backward, above what the layers keep
+    after_loss: int = 0  # of these, still alive while the layers run backward: logits that somebody holds
+    embedding: int = 0  # most alive in the backward of what comes before the layers
     fixed: int = 0  # alive all along: what layers share
     num_tokens: int | None = None  # at which this holds, for messages
 
@@ -91,7 +94,7 @@ class SegmentCost:
     forward: int  # most alive in forward
     backward: int  # most alive in backward
     kept: int  # left alive between the two
-    in_flight: int = 0  # of an offloaded boundary, while its copy runs: into the loss, and ahead of the backward
+    in_flight: int = 0  # of an offloaded boundary: alive until the next segment that is not kept, and in its backward
     host_bytes: int = 0
     recompute_flops: int = 0
     time_flops: int = 0  # the same and the waits, in work that could be done meanwhile
@@ -129,11 +132,12 @@ def simulate(
     ]
     moments: list[tuple[int, str]] = []
     kept, before = 0, 0
-    for index, cost in enumerate(costs):
-        moments.append((kept + cost.forward, f"forward of segment {index}"))
-        moments.append((kept + before + cost.backward, f"backward of segment {index}"))
-        kept, before = kept + cost.kept, cost.in_flight
-    moments.append((kept + before + chain.loss, "loss"))
+    for index, (action, cost) in enumerate(zip(actions, costs, strict=True)):
+        still = before if action == "keep" else 0
+        moments.append((kept + still + cost.forward, f"forward of segment {index}"))
+        moments.append((kept + before + cost.backward + chain.after_loss, f"backward of segment {index}"))
+        kept, before = kept + cost.kept, still + cost.in_flight
+    moments += [(kept + before + chain.loss, "loss"), (chain.embedding, "backward of the embedding")]
     peak, where = max(moments, key=lambda moment: moment[0])
     return Cost(
         peak_bytes=chain.fixed + peak,

@@ -10,13 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING
 
 from nova_kernels.checkpoint.cost import ACTIONS, FSDP, Action, Chain, Cost, Host, simulate
+from nova_kernels.checkpoint.profile import Profile
 from nova_kernels.checkpoint.program import Program
-
-if TYPE_CHECKING:
-    from nova_kernels.checkpoint.profile import Profile
 
 
 class InfeasibleBudgetError(ValueError):
@@ -70,7 +67,7 @@ class SegmentPlan:
 
     @property
     def predicted_peak_bytes(self) -> int:
-        """Most bytes alive at once between forward and backward; weights, gradients and optimiser states are not in it."""
+        """Most bytes alive at once between forward and backward, without weights and what is as lasting as they are."""
         return self.cost.peak_bytes
 
     @property
@@ -148,8 +145,8 @@ def plan_segments(
         at = "" if chain.num_tokens is None else f" at {chain.num_tokens:,} tokens"
         raise InfeasibleBudgetError(
             f"plan_segments: budget_bytes={budget_bytes:,} ({format_bytes(budget_bytes)}) is below the lowest peak of "
-            f"{plan.num_layers} layers{at} with {', '.join(allowed)}, which is {floor:,} ({format_bytes(floor)}, in the "
-            f"{plan.cost.peak_at}); give that much, fewer tokens, or take the plan in .nearest of this error",
+            f"{plan.num_layers} layers{at} with {', '.join(allowed)}: {floor:,} ({format_bytes(floor)}), in the "
+            f"{plan.cost.peak_at}; give that much, fewer tokens, or take the plan in .nearest of this error",
             plan,
         )
     return plan

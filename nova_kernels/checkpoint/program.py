@@ -27,7 +27,7 @@ class _Label(NamedTuple):
 
     time: int  # FLOPs done again, and waits in FLOPs
     kept: int  # bytes left alive
-    in_flight: int  # of these, none: bytes of an offloaded boundary right before, which come on top once
+    in_flight: int  # of an offloaded boundary before, which come on top once
     host: int  # bytes offloaded, where they are limited
     stop: int
     action: Action | None
@@ -53,7 +53,11 @@ class Program:
     def leanest(self) -> tuple[int, Plan]:
         """The lowest peak there is, and the fastest plan at it."""
         plan = self._best(self._above_everything(), timed=False)
-        assert plan is not None
+        if plan is None:
+            raise ValueError(
+                f"plan_segments: no plan with {', '.join(self._actions)} stays within host_bytes={self._limit:,}; "
+                "give more, or allow another action"
+            )
         low, high = 0, self._peak(plan)
         while low < high:
             middle = (low + high) // 2
@@ -61,7 +65,7 @@ class Program:
             if found is None:
                 low = middle + 1
             else:
-                plan, high = found, self._peak(found)
+                plan, high = found, min(middle, self._peak(found))
         return high, self.fastest(high) or plan
 
     def _peak(self, plan: Plan) -> int:
@@ -70,10 +74,12 @@ class Program:
     def _above_everything(self) -> int:
         layers = self._chain.layers
         each = sum(2 * l.boundary + l.saved + l.forward + l.recompute + l.backward + 4 * l.weights for l in layers)
-        return each + self._chain.loss
+        return each + self._chain.loss + self._chain.after_loss + self._chain.embedding + self._chain.fixed
 
     def _best(self, budget: int, *, timed: bool) -> Plan | None:
-        num_layers = len(self._chain.layers)
+        num_layers, after = len(self._chain.layers), self._chain.after_loss
+        if self._chain.embedding > budget:
+            return None
         ending: list[list[_Label]] = [[] for _ in range(num_layers + 1)]
         ending[0] = [_Label(0, 0, 0, 0, 0, None, None)]
         for start in range(num_layers):
@@ -85,20 +91,13 @@ class Program:
                 waits = cost.time_flops if timed else 0
                 hosted = cost.host_bytes if self._limit is not None else 0
                 for label in labels:
-                    if label.kept + max(
-                        cost.forward, label.in_flight + cost.backward
-                    ) <= budget and label.host + hosted <= (self._limit or 0):
-                        ending[stop].append(
-                            _Label(
-                                label.time + waits,
-                                label.kept + cost.kept,
-                                cost.in_flight,
-                                label.host + hosted,
-                                stop,
-                                action,
-                                label,
-                            )
-                        )
+                    still = label.in_flight if action == "keep" else 0
+                    needed = label.kept + max(still + cost.forward, label.in_flight + cost.backward + after)
+                    if needed > budget or label.host + hosted > (self._limit or 0):
+                        continue
+                    kept, host = label.kept + cost.kept, label.host + hosted
+                    longer = _Label(label.time + waits, kept, still + cost.in_flight, host, stop, action, label)
+                    ending[stop].append(longer)
         done = [label for label in ending[-1] if label.kept + label.in_flight + self._chain.loss <= budget]
         return _path(min(done, key=lambda label: label[:4])) if done else None
 
@@ -150,7 +149,7 @@ def _front(labels: list[_Label]) -> list[_Label]:
 
 def _path(label: _Label) -> Plan:
     """Bounds and actions that led to a label; neighbours that are kept become one segment."""
-    bounds, actions = [label.stop], []
+    bounds, actions = [label.stop], list[Action]()
     step: _Label | None = label
     while step is not None and step.previous is not None and step.action is not None:
         if not (step.action == "keep" and actions and actions[-1] == "keep"):

@@ -1,77 +1,156 @@
 """Activations of several layers, thrown away in forward and computed again in backward.
 
 A frame is one segment of one forward pass. While its layers run, every tensor that autograd saves is replaced by its
-number; the frame keeps the calls (the first one with its input, the boundary) and nothing else. The first number that
-backward asks for runs the calls again, collects the tensors that are saved this time, and hands each out once.
+number; the frame keeps its boundary (the first input) and the calls. The first number that backward asks for runs the
+calls again, up to the last tensor that was saved, collects the tensors, and hands each out once.
 
-The graph is the one of the first forward: the second one only supplies tensors. So there are no restrictions on
+In a nested segment every layer has a frame of its own, and the boundaries inside are not kept: the first that is asked
+for runs the layers once more, keeps nothing but their inputs, and hands these out.
+
+The graph is the one of the first forward: the later ones only supply tensors. So there are no restrictions on
 which inputs require gradients, and gradients are those of the ordinary backward, bit for bit, as long as the layers
 compute the same thing twice. Random numbers repeat if the generators are set back, which is done where a dropout is on.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from nova_kernels.checkpoint.context import Surroundings
+from nova_kernels.checkpoint.offload import Stored
+from nova_kernels.checkpoint.stack import hidden_of
+
 
 class Previous:
-    """Stands for the previous layer's hidden states in the recorded arguments of a call."""
+    """Stands for the hidden states in the recorded arguments of a call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One layer's call; Previous() where its input was the output of the call before."""
+    """One layer's call; Previous() where its hidden states stood, or none where they are no plain tensor."""
 
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
+    def run(self, hidden: Any) -> Any:
+        """The layer's hidden states for this input."""
+        args = tuple(hidden if isinstance(value, Previous) else value for value in self.args)
+        kwargs = {name: hidden if isinstance(value, Previous) else value for name, value in self.kwargs.items()}
+        return hidden_of(self.layer(*args, **kwargs))
 
-class Segment:
-    """Consecutive layers, and what is known about them while they run."""
+    @classmethod
+    def without(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Any) -> Call:
+        """The call with Previous() wherever `hidden` stands."""
+        link = Previous()
+        return cls(
+            layer,
+            tuple(link if value is hidden else value for value in args),
+            {name: link if value is hidden else value for name, value in kwargs.items()},
+        )
 
-    def __init__(self, layers: list[nn.Module]) -> None:
-        self.layers = layers
-        self.recomputing = False
-        self.last_hidden: Any = None  # what the last call returned; the next call continues it, or a frame begins
-        self._frame: Frame | None = None
 
-    def begin_or_continue(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, Call]:
-        """The frame this call belongs to, and the call with the previous layer's output left out of it."""
-        last = self.last_hidden
-        inputs = (*args, *kwargs.values())
-        if self._frame is not None and any(value is last for value in inputs):
-            link = Previous()
-            args = tuple(link if value is last else value for value in args)
-            kwargs = {name: link if value is last else value for name, value in kwargs.items()}
-        else:
-            device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
-            self._frame = Frame(self, device)
-        return self._frame, Call(layer, args, kwargs)
+class Boundary(Protocol):
+    """Where a frame's hidden states come from when it is computed again."""
 
-    def close(self) -> None:
-        """The next call begins a new frame."""
-        self._frame = self.last_hidden = None
+    def fetch(self) -> Tensor: ...
+
+
+class Held:
+    """A boundary that stays where it is."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self._hidden = hidden.detach().requires_grad_(hidden.requires_grad)
+
+    def fetch(self) -> Tensor:
+        return self._hidden
+
+
+class Nest:
+    """The layers of a nested segment in one forward pass, and the one input of theirs that is kept."""
+
+    def __init__(self, frame: Frame, rerun: Rerun) -> None:
+        self._frame = frame  # of the first layer: the boundary, and what surrounded it
+        self._rerun = rerun
+        self._calls: list[Call] = list(frame.calls)
+        self._inputs: list[weakref.ref[Inner]] = []  # of the second layer, the third, ...
+
+    def add(self, call: Call) -> Inner:
+        """The boundary in front of the next layer."""
+        inner = Inner(self)
+        self._calls.append(call)
+        self._inputs.append(weakref.ref(inner))
+        return inner
+
+    def compute_inputs(self) -> None:
+        """Run the layers once more, as far as somebody waits for their outputs."""
+        waiting = [inner if (inner := ref()) is not None and inner.hidden is None else None for ref in self._inputs]
+        while waiting and waiting[-1] is None:
+            waiting.pop()
+        hidden = self._frame.first_input()
+        with self._frame.surroundings.again(), self._rerun, saved_tensors_hooks(lambda _: None, _refuse):
+            for call, inner in zip(self._calls, waiting, strict=False):
+                output = call.run(hidden)
+                hidden = output.detach().requires_grad_(output.requires_grad)
+                self._rerun.done_with(call.layer)
+                if inner is not None:
+                    inner.hidden = hidden
+
+
+class Inner:
+    """A boundary inside a nested segment: there once it is asked for, gone with the frame that asked."""
+
+    def __init__(self, nest: Nest) -> None:
+        self._nest = nest
+        self.hidden: Tensor | None = None
+
+    def fetch(self) -> Tensor:
+        if self.hidden is None:
+            self._nest.compute_inputs()
+        assert self.hidden is not None, "computing the inputs of a nest fills every one that is waited for"
+        return self.hidden
+
+
+class Rerun:
+    """What the layers of a segment share while they are computed again; a context manager for the time it takes."""
+
+    def __init__(self, *, reshard: bool) -> None:
+        self.running = False
+        self._reshard = reshard
+
+    def __enter__(self) -> None:
+        self.running = True
+
+    def __exit__(self, *_: object) -> None:
+        self.running = False
+
+    def done_with(self, layer: nn.Module) -> None:
+        """Shard a layer of FSDP2 again, where the plan says so: its backward will gather it once more."""
+        if self._reshard and isinstance(layer, torch.distributed.fsdp.FSDPModule):
+            layer.reshard()
 
 
 class Frame:
-    """One segment of one forward pass."""
+    """One segment of one forward pass, or one layer of a nested one."""
 
-    def __init__(self, segment: Segment, device: torch.device) -> None:
+    def __init__(
+        self, rerun: Rerun, surroundings: Surroundings, boundary: Boundary | None, ahead: Stored | None
+    ) -> None:
         self.calls: list[Call] = []
-        self._segment = segment
+        self.surroundings = surroundings
+        self._boundary = boundary
+        self._ahead = None if ahead is None else weakref.ref(ahead)  # the boundary that backward needs next
+        self._rerun = rerun
         self._saved: list[tuple[torch.Size, torch.dtype]] = []  # of every tensor saved in forward, in order
         self._recomputed: dict[int, Tensor] = {}
-        self._autocast = [_autocast_state(kind) for kind in sorted({"cpu", device.type})]
-        self._generators = _generator_states(device) if has_dropout(segment.layers) else None
-        self._device = device
 
     @contextmanager
     def recording(self, call: Call) -> Iterator[None]:
@@ -79,6 +158,13 @@ class Frame:
         self.calls.append(call)
         with saved_tensors_hooks(self._pack, self._unpack):
             yield
+
+    def first_input(self) -> Tensor | None:
+        """The hidden states that the first call begins with; None where they stand in its arguments."""
+        hidden = None if self._boundary is None else self._boundary.fetch()
+        if self._ahead is not None and (stored := self._ahead()) is not None:
+            stored.prefetch()
+        return hidden
 
     def _pack(self, tensor: Tensor) -> int:
         self._saved.append((tensor.shape, tensor.dtype))
@@ -93,76 +179,39 @@ class Frame:
         again: list[Tensor] = []
 
         def collect(tensor: Tensor) -> None:
+            if len(again) == len(self._saved) or (tensor.shape, tensor.dtype) != self._saved[len(again)]:
+                raise _changed(
+                    len(self.calls), f"saved {list(tensor.shape)} as tensor {len(again)} when computed again"
+                )
             again.append(tensor.detach())
+            if len(again) == len(self._saved):
+                raise _Complete
 
-        def refuse(_: None) -> Tensor:
-            raise RuntimeError("checkpoint_segments: backward through a recomputation; its graph supplies tensors only")
-
-        self._segment.recomputing = True
-        try:
-            with ExitStack() as stack:
-                stack.enter_context(torch.enable_grad())
-                for kind, dtype, enabled, cache in self._autocast:
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
-                stack.enter_context(_generators_set_to(self._generators, self._device))
-                stack.enter_context(saved_tensors_hooks(collect, refuse))
-                self._run_calls()
-        finally:
-            self._segment.recomputing = False
-        if [(tensor.shape, tensor.dtype) for tensor in again] != self._saved:
-            raise RuntimeError(
-                f"checkpoint_segments: a segment of {len(self.calls)} layers saved {len(self._saved)} tensors in "
-                f"forward and {len(again)} others when computed again; its layers must do the same thing twice "
-                "(check for state changed in forward, and for random numbers outside of dropout modules)"
-            )
+        hidden = self.first_input()
+        with ExitStack() as stack:
+            stack.enter_context(suppress(_Complete))
+            stack.enter_context(self.surroundings.again())
+            stack.enter_context(self._rerun)
+            stack.enter_context(saved_tensors_hooks(collect, _refuse))
+            for call in self.calls:
+                hidden = call.run(hidden)
+                if call is not self.calls[-1]:
+                    self._rerun.done_with(call.layer)
+        if len(again) < len(self._saved):
+            raise _changed(len(self.calls), f"saved {len(self._saved)} tensors in forward and {len(again)} again")
         self._recomputed = dict(enumerate(again))
 
-    def _run_calls(self) -> None:
-        hidden: Any = None
-        for call in self.calls:
-            args = tuple(hidden if isinstance(value, Previous) else value for value in call.args)
-            kwargs = {name: hidden if isinstance(value, Previous) else value for name, value in call.kwargs.items()}
-            hidden = hidden_of(call.layer(*args, **kwargs))
+
+class _Complete(BaseException):
+    """All tensors are there; what the layers would still compute is not needed. Not an Exception: nobody catches it."""
 
 
-def hidden_of(output: Any) -> Any:
-    """A layer's hidden states: its output, or the first entry of a tuple."""
-    return output[0] if isinstance(output, tuple) and output else output
-
-
-def has_dropout(layers: list[nn.Module]) -> bool:
-    """Whether a dropout is on: a dropout module with p > 0, or a module's own rate (attention_dropout = 0.1)."""
-    return any(_drops(module) for layer in layers for module in layer.modules() if module.training)
-
-
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
-
-
-def _autocast_state(kind: str) -> tuple[str, torch.dtype, bool, bool]:
-    return (
-        kind,
-        torch.get_autocast_dtype(kind),
-        torch.is_autocast_enabled(kind),
-        torch.is_autocast_cache_enabled(),
+def _changed(num_layers: int, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"checkpoint_segments: a segment of {num_layers} layers {what}; its layers must do the same thing twice "
+        "(check for state changed in forward, and for random numbers outside of dropout modules)"
     )
 
 
-def _generator_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def _generators_set_to(states: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """The random generators as they were when the segment began; afterwards as they are now."""
-    if states is None:
-        yield
-        return
-    on_cpu, on_device = states
-    with torch.random.fork_rng(devices=[device] if on_device is not None else []):
-        torch.set_rng_state(on_cpu)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-        yield
+def _refuse(_: None) -> Tensor:
+    raise RuntimeError("checkpoint_segments: backward through a recomputation; its graph supplies tensors only")

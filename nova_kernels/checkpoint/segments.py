@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nova_kernels.checkpoint.recompute import Segment, hidden_of
+from nova_kernels.checkpoint.cost import Action
+from nova_kernels.checkpoint.frames import Segment
+from nova_kernels.checkpoint.offload import Offloader
+from nova_kernels.checkpoint.plan import SegmentPlan
+from nova_kernels.checkpoint.stack import hidden_of, layers_of
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # names under which layers take a KV cache
 
@@ -40,26 +44,31 @@ def uniform_segments(num_layers: int, n: float) -> list[int]:
     return [size + 1] * longer + [size] * (segments - longer)
 
 
-def checkpoint_segments(layers: nn.Module | Sequence[nn.Module], segments: int | Sequence[int]) -> CheckpointHandle:
+def checkpoint_segments(
+    layers: nn.Module | Sequence[nn.Module], segments: int | Sequence[int] | SegmentPlan
+) -> CheckpointHandle:
     """Keep only each segment's input in forward and compute its activations again in backward.
 
     Gradients are those of the ordinary backward, bit for bit. Nothing happens while gradients are off. The layers run
     one after the other, the output of one being the input of the next; where the model changes the hidden states in
-    between, a new segment begins there. Random states are restored where a dropout is on.
+    between, a new segment begins there. Random states are restored where a dropout is on. Layers that are compiled, or
+    sharded by fully_shard, are so before this is called.
 
     Args:
         layers: the layers in order, or a model that holds them in its only outermost ModuleList (Hugging Face
             decoders do), whose forward calls them in that order.
-        segments: layers per segment (the last one holds the rest), or the size of every segment.
+        segments: layers per segment (the last one holds the rest), the size of every segment, or a plan that also
+            says which segments are kept, nested or offloaded.
 
     Returns:
         A handle: `.restore()` undoes it; as a context manager it restores on leaving. `.sizes` are the segments.
 
     Raises:
         ValueError: sizes that do not fit the layers; a model without exactly one stack of layers; layers that have
-            segments or another checkpointing already. In forward: a KV cache inside a segment.
+            segments or another checkpointing already. In forward: a KV cache inside a segment, or an input that is no
+            tensor where it has to be moved or computed again (offload, nested).
     """
-    stack = _stack(layers) if isinstance(layers, nn.Module) else list(layers)
+    stack = layers_of(layers)
     for index, layer in enumerate(stack):
         if isinstance(vars(layer).get("forward"), _LayerForward):
             raise ValueError(f"checkpoint_segments: layer {index} has segments already; restore them first")
@@ -68,20 +77,33 @@ def checkpoint_segments(layers: nn.Module | Sequence[nn.Module], segments: int |
                 f"checkpoint_segments: layer {index} ({type(layer).__name__}) has the model's own gradient "
                 "checkpointing on; turn one of the two off"
             )
-    return CheckpointHandle(stack, _sizes(len(stack), segments))
+    if isinstance(segments, SegmentPlan):
+        if segments.num_layers != len(stack):
+            raise ValueError(
+                f"checkpoint_segments: the plan is for {segments.num_layers} layers, the model has {len(stack)}"
+            )
+        return CheckpointHandle(stack, segments.sizes, segments.actions, reshard=segments.reshard)
+    sizes = _sizes(len(stack), segments)
+    return CheckpointHandle(stack, sizes, ["segment"] * len(sizes), reshard=False)
 
 
 class CheckpointHandle:
     """Segments attached to layers; made by checkpoint_segments."""
 
-    def __init__(self, layers: list[nn.Module], sizes: list[int]) -> None:
+    def __init__(self, layers: list[nn.Module], sizes: list[int], actions: Sequence[Action], *, reshard: bool) -> None:
         self.sizes = sizes
+        self.actions = tuple(actions)
         self._wrapped: list[_LayerForward] = []
+        offloader = Offloader()
+        previous: Segment | None = None
         start = 0
-        for size in sizes:
-            segment = Segment(layers[start : start + size])
-            self._wrapped += [_LayerForward(segment, layer) for layer in segment.layers]
+        for size, action in zip(sizes, self.actions, strict=True):
+            members = layers[start : start + size]
             start += size
+            if action == "keep":
+                continue
+            previous = Segment(members, action, offloader, previous, reshard=reshard)
+            self._wrapped += [_LayerForward(previous, layer) for layer in members]
 
     def restore(self) -> None:
         """Give the layers their own forward back; calling it twice is harmless."""
@@ -117,7 +139,7 @@ class _LayerForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         segment = self.segment
-        if not torch.is_grad_enabled() or segment.recomputing:
+        if not torch.is_grad_enabled() or segment.rerun.running:
             return self.own(*args, **kwargs)
         for name in CACHES:
             if kwargs.get(name) is not None:
@@ -136,23 +158,6 @@ class _LayerForward:
         if self.layer is segment.layers[-1]:
             segment.close()
         return output
-
-
-def _stack(model: nn.Module) -> list[nn.Module]:
-    """The layers of a ModuleList, or of the only outermost ModuleList of a model."""
-    if isinstance(model, nn.ModuleList | nn.Sequential):
-        return list(model)
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            found[name] = module
-    if len(found) != 1:
-        raise ValueError(
-            f"checkpoint_segments: expected one stack of layers in {type(model).__name__}, found {sorted(found)}; "
-            "pass the layers themselves"
-        )
-    return list(next(iter(found.values())))
 
 
 def _sizes(num_layers: int, segments: int | Sequence[int]) -> list[int]:

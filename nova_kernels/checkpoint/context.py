@@ -1,0 +1,66 @@
+"""What surrounds a forward pass and has to surround its repetition: autocast, and random generators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Surroundings:
+    """Autocast as it is now, and, if asked for, the random generators as they are now."""
+
+    def __init__(self, device: torch.device, *, random: bool) -> None:
+        self.device = device
+        self._autocast = [_autocast_state(kind) for kind in sorted({"cpu", device.type} - {"meta"})]
+        self._generators = _generator_states(device) if random else None
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Gradients on, autocast as it was; the generators as they were, and afterwards as they are now."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            for kind, dtype, enabled, cache in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=cache))
+            stack.enter_context(_generators_set_to(self._generators, self.device))
+            yield
+
+
+def has_dropout(layers: list[nn.Module]) -> bool:
+    """Whether a dropout is on: a dropout module with p > 0, or a module's own rate (attention_dropout = 0.1)."""
+    return any(_drops(module) for layer in layers for module in layer.modules() if module.training)
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
+
+
+def _autocast_state(kind: str) -> tuple[str, torch.dtype, bool, bool]:
+    return (
+        kind,
+        torch.get_autocast_dtype(kind),
+        torch.is_autocast_enabled(kind),
+        torch.is_autocast_cache_enabled(),
+    )
+
+
+def _generator_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _generators_set_to(states: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+    """The random generators as they were when the segment began; afterwards as they are now."""
+    if states is None:
+        yield
+        return
+    on_cpu, on_device = states
+    with torch.random.fork_rng(devices=[device] if on_device is not None else []):
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+        yield

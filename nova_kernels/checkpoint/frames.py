@@ -1,0 +1,85 @@
+"""A segment while its layers run: to which frame a call belongs, and where that frame's boundary waits.
+
+A frame begins with a segment's first call and goes on while each call takes the output of the one before. In a nested
+segment every call has its own frame, and all of one pass share a nest.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nova_kernels.checkpoint.context import Surroundings, has_dropout
+from nova_kernels.checkpoint.cost import Action
+from nova_kernels.checkpoint.offload import Offloader, Stored
+from nova_kernels.checkpoint.recompute import Boundary, Call, Frame, Held, Nest, Rerun
+from nova_kernels.checkpoint.stack import hidden_states
+
+
+class Segment:
+    """Consecutive layers that are computed again together, and what is known about them while they run."""
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        action: Action,
+        offloader: Offloader,
+        previous: Segment | None,
+        *,
+        reshard: bool,
+    ) -> None:
+        self.layers = layers
+        self.rerun = Rerun(reshard=reshard)
+        self.last_hidden: Any = None  # what the last call returned; the next call continues it, or a frame begins
+        self._action = action
+        self._offloader = offloader
+        self._previous = previous  # the segment in front, if it is computed again, too
+        self._stored: weakref.ref[Stored] | None = None  # the latest boundary that was offloaded
+        self._frame: Frame | None = None
+        self._nest: Nest | None = None
+
+    def begin_or_continue(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, Call]:
+        """The frame this call belongs to, and the call without its hidden states."""
+        last = self.last_hidden
+        inputs = (*args, *kwargs.values())
+        if self._frame is not None and any(value is last for value in inputs):
+            call = Call.without(layer, args, kwargs, last)
+            if self._action == "nested":
+                self._frame = self._nested_frame(call, self._frame)
+            return self._frame, call
+        hidden = hidden_states(args, kwargs)
+        if hidden is None and self._action in ("nested", "offload"):
+            raise ValueError(
+                f"checkpoint_segments: the input of {type(layer).__name__} is no tensor of its own, so it cannot be "
+                f'{"offloaded" if self._action == "offload" else "computed again"}; use the action "segment"'
+            )
+        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        ahead = None if self._previous is None or self._previous._stored is None else self._previous._stored()
+        boundary = None if hidden is None else self._boundary(hidden)
+        self._nest = None
+        self._frame = Frame(self.rerun, self._surroundings(device), boundary, ahead)
+        call = Call(layer, args, kwargs) if hidden is None else Call.without(layer, args, kwargs, hidden)
+        return self._frame, call
+
+    def close(self) -> None:
+        """The next call begins a new frame."""
+        self._frame = self._nest = self.last_hidden = None
+
+    def _boundary(self, hidden: Tensor) -> Boundary:
+        if self._action != "offload":
+            return Held(hidden)
+        stored = self._offloader.store(hidden)
+        self._stored = weakref.ref(stored)
+        return stored
+
+    def _nested_frame(self, call: Call, before: Frame) -> Frame:
+        if self._nest is None:
+            self._nest = Nest(before, self.rerun)
+        device = before.surroundings.device
+        return Frame(self.rerun, self._surroundings(device), self._nest.add(call), None)
+
+    def _surroundings(self, device: torch.device) -> Surroundings:
+        return Surroundings(device, random=has_dropout(self.layers))

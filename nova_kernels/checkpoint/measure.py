@@ -1,0 +1,322 @@
+"""One run of a model under a StorageTracker: each layer by itself, and the model without its layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from nova_kernels.checkpoint.context import Surroundings
+from nova_kernels.checkpoint.recompute import Call, Previous
+from nova_kernels.checkpoint.stack import hidden_of, hidden_states
+from nova_kernels.checkpoint.tracker import StorageTracker
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One layer's call as the model made it."""
+
+    call: Call
+    hidden: Tensor  # its input, detached
+    output: Any  # what it returned
+    surroundings: Surroundings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRun:
+    """Bytes of one layer at one number of tokens; lists hold what is alive after each operation."""
+
+    boundary: int
+    saved: int
+    saves_input: bool
+    forward: list[int]
+    recompute: list[int]
+    backward: list[int]
+    cached: int  # of weights in another dtype, which autocast holds until it ends
+    flops: int
+    tail_flops: int
+
+
+@dataclass(slots=True, kw_only=True)
+class RestRun:
+    """Bytes of embedding, head and loss at one number of tokens."""
+
+    shared: int = 0  # alive in front of the first layer, beside its input
+    loss: list[int] = field(default_factory=list)
+    after_loss: int = 0  # still alive when the layers' backward begins
+    embedding: list[int] = field(default_factory=list)
+    needs_gradient: bool = False  # whether the layers' input does
+
+
+def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Record]:
+    """How the model calls its layers, from a run without gradients.
+
+    Raises:
+        ValueError: a layer that is not called exactly once, or whose input is no tensor.
+    """
+    records: dict[int, Record] = {}
+
+    def recording(index: int, layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_states(args, kwargs)
+            if hidden is None or index in records:
+                what = "has no tensor as its input" if hidden is None else "runs more than once"
+                raise ValueError(f"profile_layers: layer {index} ({type(layer).__name__}) {what}")
+            output = own(*args, **kwargs)
+            call = Call.without(layer, args, kwargs, hidden)
+            records[index] = Record(call, hidden.detach(), output, Surroundings(hidden.device, random=False))
+            return output
+
+        return forward
+
+    with _forwards(layers, recording), torch.no_grad():
+        run()
+    if missing := [index for index in range(len(layers)) if index not in records]:
+        raise ValueError(f"profile_layers: the sample's run does not call layer {missing[0]} of {len(layers)}")
+    return [records[index] for index in range(len(layers))]
+
+
+def alike(records: list[Record], needs_gradient: list[bool]) -> list[int]:
+    """For each layer the first one that is like it: same modules and numbers, same shapes, same arguments."""
+    first: dict[Any, int] = {}
+    return [
+        first.setdefault((_likeness(record), needs), index)
+        for index, (record, needs) in enumerate(zip(records, needs_gradient, strict=True))
+    ]
+
+
+def _likeness(record: Record) -> Any:
+    call = record.call
+    modules = tuple(
+        (name, type(module), module.training, tuple(sorted((k, v) for k, v in vars(module).items() if _plain(k, v))))
+        for name, module in call.layer.named_modules()
+    )
+    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in call.layer.named_parameters())
+    arguments = tuple(
+        (place, (value.shape, value.dtype) if isinstance(value, Tensor) else repr(value))
+        for place, value in [*enumerate(call.args), *sorted(call.kwargs.items())]
+        if not isinstance(value, Previous)
+    )
+    return modules, parameters, arguments, record.hidden.shape, record.hidden.dtype
+
+
+def _plain(name: str, value: Any) -> bool:
+    return name != "layer_idx" and isinstance(value, int | float | str)
+
+
+def measure_rest(
+    layers: Sequence[nn.Module], model: nn.Module | None, records: list[Record], run: Callable[[], Tensor]
+) -> RestRun:
+    """Forward and backward of the model with layers that return their input."""
+    rest, tracker = RestRun(), StorageTracker()
+    held: list[Any] = []  # what the layers are given is alive as long as they are
+
+    def entered(hidden: Tensor) -> None:
+        rest.needs_gradient = hidden.requires_grad
+        rest.shared = tracker.current - hidden.untyped_storage().nbytes()
+        tracker.reset_peak()
+
+    def left(gradient: Tensor) -> None:
+        rest.loss = [total - rest.shared for total in tracker.totals]
+        rest.after_loss = tracker.current - gradient.untyped_storage().nbytes() - rest.shared
+        tracker.reset_peak()
+
+    def hollow(index: int, layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_states(args, kwargs)
+            assert hidden is not None, "record_calls has seen it"
+            held.append(Call.without(layer, args, kwargs, hidden))
+            if index == 0:
+                entered(hidden)
+                hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+            output = hidden_of(records[index].output)
+            if output.shape != hidden.shape or output.dtype != hidden.dtype:
+                hidden = _Reshaped.apply(hidden, output)
+            if index == len(layers) - 1:
+                hidden = _Marked.apply(hidden, left)
+            whole = records[index].output
+            return (hidden, *whole[1:]) if isinstance(whole, tuple) else hidden
+
+        return forward
+
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    others = [] if model is None else [p for p in model.parameters() if id(p) not in inside]
+    with _forwards(layers, hollow), _gradients_of(others), tracker:
+        loss = run()
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise ValueError("profile_layers: the loss must be one number with a gradient; check `loss`")
+        loss.backward()
+        rest.embedding = [total - rest.shared for total in tracker.totals]
+    return rest
+
+
+def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
+    """Three passes of one layer: keeping nothing, keeping all and backward, and counting FLOPs."""
+    with _gradients_of(list(record.call.layer.parameters())):
+        forward, cached = _pass_that_drops(record, needs_gradient)
+        boundary = record.hidden.numel() * record.hidden.element_size()
+        saved, saves_input, recompute, backward = _pass_that_keeps(record, needs_gradient, boundary)
+    flops, tail = _count_flops(record, needs_gradient)
+    return LayerRun(
+        boundary=boundary,
+        saved=saved,
+        saves_input=saves_input,
+        forward=forward,
+        recompute=recompute,
+        backward=backward,
+        cached=cached,
+        flops=flops,
+        tail_flops=tail,
+    )
+
+
+def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int]:
+    with StorageTracker() as tracker:
+        with record.surroundings.again(), saved_tensors_hooks(lambda _: None, _unwanted):
+            hidden = _fresh(record.hidden, needs_gradient)
+            before = tracker.current
+            tracker.reset_peak()
+            output = record.call.run(hidden)
+            totals = [total - before for total in tracker.totals]
+            del output, hidden
+            inside = tracker.current
+        return totals, inside - tracker.current
+
+
+def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tuple[int, bool, list[int], list[int]]:
+    with StorageTracker() as tracker:
+        with record.surroundings.again():
+            hidden = _fresh(record.hidden, needs_gradient)
+            alive = weakref.ref(hidden.untyped_storage())
+            before = tracker.current
+            tracker.reset_peak()
+            output = record.call.run(hidden)
+            recompute = [total - before for total in tracker.totals]
+            if not output.requires_grad:
+                return 0, False, recompute, [0]
+            end = _Sink.apply(output)
+            del output, hidden
+        saves_input = alive() is not None
+        kept = tracker.current
+        tracker.reset_peak()
+        end.backward()
+        backward = [total - kept for total in tracker.totals]
+    return kept - end.untyped_storage().nbytes() - saves_input * boundary, saves_input, recompute, backward
+
+
+def _count_flops(record: Record, needs_gradient: bool) -> tuple[int, int]:
+    counter = FlopCounterMode(display=False)
+    at_last_saved = 0
+
+    def note(_: Tensor) -> None:
+        nonlocal at_last_saved
+        at_last_saved = counter.get_total_flops()
+
+    with counter, record.surroundings.again(), saved_tensors_hooks(note, _unwanted):
+        record.call.run(_fresh(record.hidden, needs_gradient))
+    total = counter.get_total_flops()
+    return total, total - at_last_saved
+
+
+def _unwanted(_: None) -> Tensor:
+    raise RuntimeError("profile_layers: a backward through a pass that keeps nothing")
+
+
+def _fresh(hidden: Tensor, needs_gradient: bool) -> Tensor:
+    """A copy that nothing but the caller and autograd holds, with a gradient that goes nowhere if it needs one."""
+    if not needs_gradient:
+        return hidden.clone()
+    copy: Tensor = _Source.apply(torch.zeros((), requires_grad=True), hidden)
+    return copy
+
+
+@contextmanager
+def _forwards(
+    layers: Sequence[nn.Module], replacement: Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Every layer's forward replaced on the instance, and put back."""
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = replacement(index, layer, layer.forward)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            if own is None:
+                vars(layer).pop("forward", None)
+            else:
+                layer.forward = own
+
+
+@contextmanager
+def _gradients_of(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gradients exist, as in every step but the first, and their values are put back afterwards."""
+    before = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+
+class _Source(torch.autograd.Function):
+    """A copy of the hidden states at the head of a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, seed: Tensor, hidden: Tensor) -> Tensor:
+        return hidden.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return None, None
+
+
+class _Sink(torch.autograd.Function):
+    """A number whose backward makes the gradient of the hidden states."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        ctx.like = (hidden.shape, hidden.dtype, hidden.device)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        shape, dtype, device = ctx.like
+        return torch.ones(shape, dtype=dtype, device=device)
+
+
+class _Marked(torch.autograd.Function):
+    """Its input; calls back when backward gets there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, reached: Callable[[Tensor], None]) -> Tensor:
+        ctx.reached = reached
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.reached(gradient)
+        return gradient, None
+
+
+class _Reshaped(torch.autograd.Function):
+    """Stands for a layer whose output is of another shape than its input."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, like: Tensor) -> Tensor:
+        ctx.like = (hidden.shape, hidden.dtype, hidden.device)
+        return torch.zeros_like(like)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        shape, dtype, device = ctx.like
+        return torch.zeros(shape, dtype=dtype, device=device), None
