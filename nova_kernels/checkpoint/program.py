@@ -52,7 +52,9 @@ class Program:
 
     def leanest(self) -> tuple[int, Plan]:
         """The lowest peak there is, and the fastest plan at it."""
-        plan = self._best(self._above_everything(), timed=False)
+        # Far fewer segments fit below the peak of a plain plan than below everything.
+        plain = min(map(self._peak, self._plain_plans())) - self._chain.fixed
+        plan = self._best(plain, timed=False) or self._best(self._above_everything(), timed=False)
         if plan is None:
             raise ValueError(
                 f"plan_segments: no plan with {', '.join(self._actions)} stays within host_bytes={self._limit:,}; "
@@ -70,6 +72,14 @@ class Program:
 
     def _peak(self, plan: Plan) -> int:
         return simulate(self._chain, *plan, fsdp=self._fsdp, host=self._host).peak_bytes
+
+    def _plain_plans(self) -> Iterator[Plan]:
+        """Equal segments that all do the same; some may need more host memory than there is."""
+        num_layers = len(self._chain.layers)
+        for action in self._actions:
+            for size in (1, 2, 4, 8, num_layers):
+                bounds = (*range(0, num_layers, size), num_layers)
+                yield bounds, (action,) * (len(bounds) - 1)
 
     def _above_everything(self) -> int:
         layers = self._chain.layers
@@ -113,14 +123,15 @@ class Program:
                 return
 
     def _segment_costs(self, start: int, stop: int) -> list[tuple[Action, SegmentCost]]:
-        """Cost by action; layers are kept one by one, and a single layer is never nested."""
+        """Cost by action; layers are kept one by one, and a single one is nested only where it cannot be a segment."""
         known = self._costs.get((start, stop))
         if known is None:
             single = stop == start + 1
             known = [
                 (action, segment_cost(self._chain, start, stop, action, fsdp=self._fsdp, host=self._host))
                 for action in self._actions
-                if not (action == "keep" and not single) and not (action == "nested" and single)
+                if not (action == "keep" and not single)
+                and not (action == "nested" and single and "segment" in self._actions)
             ]
             self._costs[start, stop] = known
         return known
