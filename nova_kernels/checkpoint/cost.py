@@ -94,7 +94,7 @@ class SegmentCost:
     forward: int  # most alive in forward
     backward: int  # most alive in backward
     kept: int  # left alive between the two
-    in_flight: int = 0  # of an offloaded boundary: alive until the next segment that is not kept, and in its backward
+    in_flight: int = 0  # an offloaded boundary: it sets out for the device when the next segment runs backward
     host_bytes: int = 0
     recompute_flops: int = 0
     time_flops: int = 0  # the same and the waits, in work that could be done meanwhile
@@ -133,11 +133,10 @@ def simulate(
     moments: list[tuple[int, str]] = []
     kept, before = 0, 0
     for index, (action, cost) in enumerate(zip(actions, costs, strict=True)):
-        still = before if action == "keep" else 0
-        moments.append((kept + still + cost.forward, f"forward of segment {index}"))
+        moments.append((kept + cost.forward, f"forward of segment {index}"))
         moments.append((kept + before + cost.backward + chain.after_loss, f"backward of segment {index}"))
-        kept, before = kept + cost.kept, still + cost.in_flight
-    moments += [(kept + before + chain.loss, "loss"), (chain.embedding, "backward of the embedding")]
+        kept, before = kept + cost.kept, before if action == "keep" else cost.in_flight
+    moments += [(kept + chain.loss, "loss"), (chain.embedding, "backward of the embedding")]
     peak, where = max(moments, key=lambda moment: moment[0])
     return Cost(
         peak_bytes=chain.fixed + peak,
@@ -174,7 +173,7 @@ def segment_cost(
         backward=backward,
         kept=0,
         in_flight=boundary,
-        host_bytes=boundary,
+        host_bytes=1 << (boundary - 1).bit_length(),  # torch's pinned blocks are powers of two
         recompute_flops=recompute,
         time_flops=recompute + (host or Host()).exposed_flops(boundary, flops),
     )

@@ -65,7 +65,9 @@ class Segment:
         return self._frame, call
 
     def close(self) -> None:
-        """The next call begins a new frame."""
+        """The next call begins a new frame; a copy of the boundary has had the time of the segment."""
+        if self._action == "offload":
+            self._offloader.settle()
         self._frame = self._nest = self.last_hidden = None
 
     def _boundary(self, hidden: Tensor) -> Boundary:

@@ -101,14 +101,14 @@ class Program:
                 waits = cost.time_flops if timed else 0
                 hosted = cost.host_bytes if self._limit is not None else 0
                 for label in labels:
-                    still = label.in_flight if action == "keep" else 0
-                    needed = label.kept + max(still + cost.forward, label.in_flight + cost.backward + after)
+                    needed = label.kept + max(cost.forward, label.in_flight + cost.backward + after)
                     if needed > budget or label.host + hosted > (self._limit or 0):
                         continue
+                    flight = label.in_flight if action == "keep" else cost.in_flight
                     kept, host = label.kept + cost.kept, label.host + hosted
-                    longer = _Label(label.time + waits, kept, still + cost.in_flight, host, stop, action, label)
+                    longer = _Label(label.time + waits, kept, flight, host, stop, action, label)
                     ending[stop].append(longer)
-        done = [label for label in ending[-1] if label.kept + label.in_flight + self._chain.loss <= budget]
+        done = [label for label in ending[-1] if label.kept + self._chain.loss <= budget]
         return _path(min(done, key=lambda label: label[:4])) if done else None
 
     def _segments(self, start: int, room: int) -> Iterator[tuple[int, Action, SegmentCost]]:

@@ -69,8 +69,14 @@ class Held:
 
     def __init__(self, hidden: Tensor) -> None:
         self._hidden = hidden.detach().requires_grad_(hidden.requires_grad)
+        self._version = self._hidden._version
 
     def fetch(self) -> Tensor:
+        if self._hidden._version != self._version:
+            raise RuntimeError(
+                f"checkpoint_segments: the input {list(self._hidden.shape)} of a segment was changed in place after it "
+                "was kept; a layer must not write to its input, which is needed again in backward"
+            )
         return self._hidden
 
 

@@ -30,8 +30,10 @@ class StorageTracker(TorchDispatchMode):
     current: int  # bytes alive now
     peak: int  # most bytes alive at once since the start, or the last reset_peak()
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
+        """Count storages on every kind of device, or on this kind alone ("cuda" leaves pinned host memory out)."""
         super().__init__()
+        self._device = device
         self.current = 0
         self.peak = 0
         self.totals: list[int] = []  # bytes alive after each operation that made a storage
@@ -49,10 +51,13 @@ class StorageTracker(TorchDispatchMode):
         if born:
             before = {storage._cdata for storage in _storages((args, kwargs))}
             for storage in born:
-                if storage._cdata not in before and storage._cdata not in self._sizes:
+                if storage._cdata not in before and storage._cdata not in self._sizes and self._counts(storage):
                     self._count(storage)
             self.totals.append(self.current)
         return result
+
+    def _counts(self, storage: torch.UntypedStorage) -> bool:
+        return self._device is None or storage.device.type == self._device
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         address, num_bytes = storage._cdata, storage.nbytes()
