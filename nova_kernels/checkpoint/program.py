@@ -12,26 +12,29 @@ labels at one layer their bytes are rounded up to a grid of the budget, which ke
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+
+import numpy as np
 
 from nova_kernels.checkpoint.cost import FSDP, Action, Chain, Host, SegmentCost, segment_cost, simulate
 
-MAX_LABELS = 1024  # partial plans at one layer that are compared exactly
+MAX_LABELS = 2048  # partial plans at one layer that are compared exactly
 GRID = 1024  # steps of the budget beyond that
 
 Plan = tuple[tuple[int, ...], tuple[Action, ...]]  # bounds and actions
 
+# Columns of a table of labels, int64 [labels, 7]; the first four are compared.
+TIME, KEPT, FLIGHT, HOST = range(4)  # FLOPs; bytes kept; of an offloaded boundary on its way back; offloaded
+START, ACTION, PREVIOUS = range(4, 7)  # of the last segment: its first layer, its action, the label in front of it
 
-class _Label(NamedTuple):
-    """A partial plan up to a layer. The first fields are compared, in this order."""
 
-    time: int  # FLOPs done again, and waits in FLOPs
-    kept: int  # bytes left alive
-    in_flight: int  # of an offloaded boundary before, which come on top once
-    host: int  # bytes offloaded, where they are limited
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One segment with one action, from any label in front of it."""
+
     stop: int
-    action: Action | None
-    previous: _Label | None
+    action: int
+    cost: SegmentCost
 
 
 class Program:
@@ -44,7 +47,7 @@ class Program:
         self._host = host
         self._limit = None if host is None else host.host_bytes
         self._largest = max(layer.boundary for layer in chain.layers)
-        self._costs: dict[tuple[int, int], list[tuple[Action, SegmentCost]]] = {}
+        self._steps: dict[tuple[int, int], list[_Step]] = {}
 
     def fastest(self, budget: int) -> Plan | None:
         """The plan with the least time whose peak is at most the budget; None if there is none."""
@@ -87,86 +90,101 @@ class Program:
         return each + self._chain.loss + self._chain.after_loss + self._chain.embedding + self._chain.fixed
 
     def _best(self, budget: int, *, timed: bool) -> Plan | None:
-        num_layers, after = len(self._chain.layers), self._chain.after_loss
         if self._chain.embedding > budget:
             return None
-        ending: list[list[_Label]] = [[] for _ in range(num_layers + 1)]
-        ending[0] = [_Label(0, 0, 0, 0, 0, None, None)]
+        num_layers = len(self._chain.layers)
+        ending: list[list[np.ndarray]] = [[] for _ in range(num_layers + 1)]
+        ending[0] = [np.zeros((1, 7), np.int64)]
+        fronts: list[np.ndarray] = []
         for start in range(num_layers):
             labels = _undominated(ending[start], budget)
-            if not labels:
-                continue
-            room = budget - min(label.kept for label in labels)
-            for stop, action, cost in self._segments(start, room):
-                waits = cost.time_flops if timed else 0
-                hosted = cost.host_bytes if self._limit is not None else 0
-                for label in labels:
-                    needed = label.kept + max(cost.forward, label.in_flight + cost.backward + after)
-                    if needed > budget or label.host + hosted > (self._limit or 0):
-                        continue
-                    flight = label.in_flight if action == "keep" else cost.in_flight
-                    kept, host = label.kept + cost.kept, label.host + hosted
-                    longer = _Label(label.time + waits, kept, flight, host, stop, action, label)
-                    ending[stop].append(longer)
-        done = [label for label in ending[-1] if label.kept + self._chain.loss <= budget]
-        return _path(min(done, key=lambda label: label[:4])) if done else None
+            fronts.append(labels)
+            if len(labels):
+                for step in self._fitting(start, budget - int(labels[:, KEPT].min())):
+                    ending[step.stop].append(self._extended(labels, start, step, budget, timed=timed))
+        labels = _undominated(ending[-1], budget)
+        labels = labels[labels[:, KEPT] + self._chain.loss <= budget]
+        return self._path(labels[0], fronts) if len(labels) else None
 
-    def _segments(self, start: int, room: int) -> Iterator[tuple[int, Action, SegmentCost]]:
+    def _extended(self, labels: np.ndarray, start: int, step: _Step, budget: int, *, timed: bool) -> np.ndarray:
+        """The labels behind a segment, from those in front of it that have room for it."""
+        cost, kept, flight = step.cost, labels[:, KEPT], labels[:, FLIGHT]
+        fits = kept + np.maximum(cost.forward, flight + cost.backward + self._chain.after_loss) <= budget
+        if self._limit is not None:
+            fits &= labels[:, HOST] + cost.host_bytes <= self._limit
+        (chosen,) = np.nonzero(fits)
+        longer = labels[chosen]
+        longer[:, TIME] += cost.time_flops if timed else 0
+        longer[:, KEPT] += cost.kept
+        if self._actions[step.action] != "keep":  # it starts no copy, and lets one that is under way go on
+            longer[:, FLIGHT] = cost.in_flight
+        longer[:, HOST] += cost.host_bytes if self._limit is not None else 0
+        longer[:, START], longer[:, ACTION], longer[:, PREVIOUS] = start, step.action, chosen
+        return longer
+
+    def _fitting(self, start: int, room: int) -> Iterator[_Step]:
         """Segments from here that may fit into the room; no longer one can, once all actions need far too much."""
         for stop in range(start + 1, len(self._chain.layers) + 1):
-            costs = self._segment_costs(start, stop)
-            for action, cost in costs:
-                if max(cost.forward, cost.backward) <= room:
-                    yield stop, action, cost
-            longer = [max(c.forward, c.backward - self._largest) for action, c in costs if action != "keep"]
+            steps = self._steps_between(start, stop)
+            for step in steps:
+                if max(step.cost.forward, step.cost.backward) <= room:
+                    yield step
+            longer = [
+                max(step.cost.forward, step.cost.backward - self._largest)
+                for step in steps
+                if self._actions[step.action] != "keep"
+            ]
             if not longer or min(longer) > room:
                 return
 
-    def _segment_costs(self, start: int, stop: int) -> list[tuple[Action, SegmentCost]]:
-        """Cost by action; layers are kept one by one, and a single one is nested only where it cannot be a segment."""
-        known = self._costs.get((start, stop))
-        if known is None:
+    def _steps_between(self, start: int, stop: int) -> list[_Step]:
+        """One step for each action; layers are kept one by one, and a single one is nested only if it must be."""
+        if (start, stop) not in self._steps:
             single = stop == start + 1
-            known = [
-                (action, segment_cost(self._chain, start, stop, action, fsdp=self._fsdp, host=self._host))
-                for action in self._actions
+            self._steps[start, stop] = [
+                _Step(stop, index, segment_cost(self._chain, start, stop, action, fsdp=self._fsdp, host=self._host))
+                for index, action in enumerate(self._actions)
                 if not (action == "keep" and not single)
                 and not (action == "nested" and single and "segment" in self._actions)
             ]
-            self._costs[start, stop] = known
-        return known
+        return self._steps[start, stop]
+
+    def _path(self, label: np.ndarray, fronts: list[np.ndarray]) -> Plan:
+        """Bounds and actions that led to a label; neighbours that are kept become one segment."""
+        bounds, actions = [len(fronts)], list[Action]()
+        while bounds[-1] > 0:
+            start, action = int(label[START]), self._actions[label[ACTION]]
+            if action == "keep" and actions[-1:] == ["keep"]:
+                bounds[-1] = start
+            else:
+                actions.append(action)
+                bounds.append(start)
+            label = fronts[start][label[PREVIOUS]]
+        return tuple(bounds[::-1]), tuple(actions[::-1])
 
 
-def _undominated(labels: list[_Label], budget: int) -> list[_Label]:
-    """The labels that may still win, best time first."""
+def _undominated(parts: list[np.ndarray], budget: int) -> np.ndarray:
+    """The labels that may still win, in order of time and then bytes kept."""
+    labels = np.concatenate(parts) if parts else np.zeros((0, 7), np.int64)
     front = _front(labels)
     if len(front) > MAX_LABELS:
         step = max(1, budget // GRID)
-        front = _front([label._replace(kept=-(-label.kept // step) * step) for label in front])
+        front[:, KEPT] = -(-front[:, KEPT] // step) * step
+        front = _front(front)
     return front
 
 
-def _front(labels: list[_Label]) -> list[_Label]:
-    least: dict[tuple[int, int], int] = {}  # (in flight, on the host) -> fewest bytes kept so far
-    front = []
-    for label in sorted(labels, key=lambda label: label[:4]):
-        flight, host = label.in_flight, label.host
-        if any(kept <= label.kept and f <= flight and h <= host for (f, h), kept in least.items()):
-            continue
-        least[flight, host] = label.kept
-        front.append(label)
-    return front
-
-
-def _path(label: _Label) -> Plan:
-    """Bounds and actions that led to a label; neighbours that are kept become one segment."""
-    bounds, actions = [label.stop], list[Action]()
-    step: _Label | None = label
-    while step is not None and step.previous is not None and step.action is not None:
-        if not (step.action == "keep" and actions and actions[-1] == "keep"):
-            actions.append(step.action)
-            bounds.append(step.previous.stop)
-        else:
-            bounds[-1] = step.previous.stop
-        step = step.previous
-    return tuple(bounds[::-1]), tuple(actions[::-1])
+def _front(labels: np.ndarray) -> np.ndarray:
+    """Without the labels that another one with as much or less in flight and on the host is never worse than."""
+    if len(labels) < 2:
+        return labels
+    labels = labels[np.lexsort((labels[:, HOST], labels[:, FLIGHT], labels[:, KEPT], labels[:, TIME]))]
+    kept, staying = labels[:, KEPT], np.zeros(len(labels), bool)
+    classes, which = np.unique(labels[:, [FLIGHT, HOST]], axis=0, return_inverse=True)
+    for index, (flight, host) in enumerate(classes):
+        better = (classes[:, 0] <= flight) & (classes[:, 1] <= host)
+        rivals = better[which.ravel()]
+        least = np.minimum.accumulate(np.where(rivals, kept, np.iinfo(np.int64).max))
+        before = np.concatenate([[np.iinfo(np.int64).max], least[:-1]])
+        staying |= (which.ravel() == index) & (kept < before)
+    return labels[staying]

@@ -1,0 +1,271 @@
+"""The planner against brute force over all plans, and the shape of what it finds."""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+
+import pytest
+
+from nova_kernels.checkpoint import (
+    ACTIONS,
+    FSDP,
+    Action,
+    Chain,
+    Host,
+    InfeasibleBudgetError,
+    LayerCost,
+    SegmentPlan,
+    plan_segments,
+    simulate,
+    uniform_segments,
+)
+from nova_kernels.checkpoint.cost import segment_cost
+
+SLOW_LINK = {"flops_per_second": 1e6, "bytes_per_second": 1e6, "latency_seconds": 1e-6}
+
+
+def random_layer(rng: random.Random) -> LayerCost:
+    flops = rng.randint(1, 100)
+    return LayerCost(
+        boundary=rng.randint(1, 20),
+        saved=rng.randint(0, 100),
+        saves_input=rng.random() < 0.5,
+        forward=rng.randint(0, 40),
+        recompute=rng.randint(0, 120),
+        backward=rng.randint(0, 60),
+        weights=rng.randint(0, 30),
+        flops=flops,
+        tail_flops=rng.randint(0, flops),
+    )
+
+
+def random_chain(rng: random.Random, num_layers: int) -> Chain:
+    return Chain(
+        layers=tuple(random_layer(rng) for _ in range(num_layers)),
+        loss=rng.randint(0, 100),
+        after_loss=rng.randint(0, 10),
+        embedding=rng.randint(0, 60),
+        fixed=rng.randint(0, 9),
+    )
+
+
+def block_chain(num_layers: int, n: float, *, backward: float = 8.0) -> Chain:
+    """Equal layers that keep n units in all, as transformer blocks do; a unit is 1,000 bytes."""
+    layer = LayerCost(
+        boundary=1000,
+        saved=round(1000 * (n - 1)),
+        saves_input=True,
+        forward=4000,
+        recompute=round(1000 * (n - 2)),
+        backward=round(1000 * backward),
+        flops=100,
+        tail_flops=27,
+    )
+    return Chain(layers=(layer,) * num_layers, num_tokens=64)
+
+
+def outcomes(chain: Chain, allow: tuple[Action, ...], fsdp: FSDP | None, host: Host | None) -> list[tuple[int, int]]:
+    """(peak, time) of every plan there is: every way to cut the layers, every action for every segment."""
+    num_layers, limit = len(chain.layers), None if host is None else host.host_bytes
+    cost = cache(lambda start, stop, action: segment_cost(chain, start, stop, action, fsdp=fsdp, host=host))
+    found = []
+
+    def extend(start: int, kept: int, flight: int, peak: int, time: int, hosted: int) -> None:
+        if start == num_layers:
+            if limit is None or hosted <= limit:
+                found.append((chain.fixed + max(peak, kept + chain.loss, chain.embedding), time))
+            return
+        for stop in range(start + 1, num_layers + 1):
+            for action in allow:
+                one = cost(start, stop, action)
+                backward = kept + flight + one.backward + chain.after_loss
+                extend(
+                    stop,
+                    kept + one.kept,
+                    flight if action == "keep" else one.in_flight,
+                    max(peak, kept + one.forward, backward),
+                    time + one.time_flops,
+                    hosted + one.host_bytes,
+                )
+
+    extend(0, 0, 0, 0, 0, 0)
+    return found
+
+
+def assert_optimal(
+    chain: Chain, allow: tuple[Action, ...] = ACTIONS, fsdp: FSDP | None = None, host: Host | None = None
+) -> None:
+    plans = outcomes(chain, allow, fsdp, host)
+    floor = min(peak for peak, _ in plans)
+    leanest = plan_segments(chain, allow=allow, fsdp=fsdp, host=host)
+    assert leanest.predicted_peak_bytes == floor
+    assert leanest.cost.time_flops == min(time for peak, time in plans if peak == floor)
+    assert (leanest.predicted_peak_bytes, leanest.cost.time_flops) in plans
+    before = leanest.cost.time_flops
+    for budget in (floor, floor + 5, floor + 20, 2 * floor, 4 * floor):
+        plan = plan_segments(chain, budget_bytes=budget, allow=allow, fsdp=fsdp, host=host)
+        assert plan.predicted_peak_bytes <= budget
+        assert plan.cost.time_flops == min(time for peak, time in plans if peak <= budget)
+        assert plan.cost.time_flops <= before, "more memory never costs time"
+        before = plan.cost.time_flops
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan_segments(chain, budget_bytes=floor - 1, allow=allow, fsdp=fsdp, host=host)
+    assert caught.value.nearest.predicted_peak_bytes == floor
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equal_to_brute_force_over_every_plan(seed: int) -> None:
+    rng = random.Random(seed)
+    allow: tuple[Action, ...] = rng.choice(
+        [ACTIONS, ("keep", "segment"), ("segment", "nested"), ("segment", "offload")]
+    )
+    host = rng.choice([None, Host(**SLOW_LINK, host_bytes=rng.randint(0, 60))])
+    fsdp = rng.choice([None, FSDP(), FSDP(prefetch=0), FSDP(reshard=True)])
+    assert_optimal(random_chain(rng, rng.randint(1, 5)), allow, fsdp, host)
+
+
+@pytest.mark.parametrize("allow", [("segment",), ("keep", "segment")], ids="+".join)
+def test_equal_to_brute_force_on_ten_layers(allow: tuple[Action, ...]) -> None:
+    chain = random_chain(random.Random(3), 10)
+    layers = chain.layers[:4] * 2 + chain.layers[:2] if "keep" in allow else chain.layers
+    assert_optimal(Chain(layers=layers, loss=40), allow)
+
+
+@pytest.mark.slow
+def test_equal_to_brute_force_on_ten_layers_with_every_action() -> None:
+    assert_optimal(random_chain(random.Random(5), 10), fsdp=FSDP())
+
+
+@pytest.mark.parametrize(
+    ("n", "best", "uniform"),
+    [
+        pytest.param(24.52, 75.3, 88.0, id="modules-of-transformers"),
+        pytest.param(13.27, 52.8, 65.5, id="fused-modules"),
+    ],
+)
+def test_long_segments_first_beat_equal_ones_at_no_more_work(n: float, best: float, uniform: float) -> None:
+    """The continuous optimum is sqrt(2 n L + n^2) units, against 2 sqrt(n L) for equal segments."""
+    chain = block_chain(80, n, backward=0.0)
+    plan = plan_segments(chain, allow=("segment",))
+    equal = [SegmentPlan.of(chain, [k] * (80 // k) + [80 % k] * (80 % k > 0)) for k in range(1, 12)]
+    assert plan.sizes == sorted(plan.sizes, reverse=True)
+    assert plan.predicted_peak_bytes / 1000 == pytest.approx(best, abs=0.4)
+    assert min(each.predicted_peak_bytes for each in equal) / 1000 == pytest.approx(uniform, abs=1.1)
+    assert plan.predicted_peak_bytes / 1000 == pytest.approx((2 * n * 80 + n * n) ** 0.5, rel=0.15)
+    assert plan.predicted_recompute <= 1.0
+
+
+def test_reversed_segments_are_worse() -> None:
+    chain = block_chain(48, 3.0, backward=3.0)
+    plan = plan_segments(chain, allow=("segment",))
+    reversed_plan = SegmentPlan.of(chain, plan.sizes[::-1])
+    assert reversed_plan.predicted_peak_bytes > 1.2 * plan.predicted_peak_bytes
+    assert reversed_plan.cost.recompute_flops == plan.cost.recompute_flops
+
+
+def test_layers_are_kept_last_and_more_of_them_with_more_memory() -> None:
+    chain = block_chain(40, 13.0)
+    kept = []
+    for budget in (60_000, 150_000, 300_000, 540_000):
+        plan = plan_segments(chain, budget_bytes=budget)
+        assert plan.predicted_peak_bytes <= budget
+        kept.append(sum(size for size, action in zip(plan.sizes, plan.actions, strict=True) if action == "keep"))
+    assert kept == sorted(kept) and kept[-1] == 40 and 0 < kept[1] < kept[2]
+    assert plan_segments(chain, budget_bytes=540_000).predicted_recompute == 0.0
+
+
+def test_one_segment_of_all_layers_saves_nothing() -> None:
+    chain = block_chain(16, 24.0)
+    everything = SegmentPlan.of(chain, [16], "keep")
+    one = SegmentPlan.of(chain, [16])
+    assert one.predicted_peak_bytes >= everything.predicted_peak_bytes
+    assert plan_segments(chain).predicted_peak_bytes < 0.2 * one.predicted_peak_bytes
+
+
+def test_nested_and_offloaded_boundaries_go_below_any_segments() -> None:
+    chain = block_chain(80, 24.52)
+    segments, nested, offload = (
+        plan_segments(chain, allow=("segment", extra)) for extra in ("keep", "nested", "offload")
+    )
+    assert offload.predicted_peak_bytes < nested.predicted_peak_bytes < segments.predicted_peak_bytes
+    assert nested.predicted_recompute > 1.4 > 0.8 > offload.predicted_recompute
+    assert offload.cost.host_bytes >= 78 * 1024 and nested.cost.host_bytes == 0
+
+
+def test_nothing_is_offloaded_without_need_and_nothing_beyond_the_host() -> None:
+    chain = block_chain(80, 24.52)
+    plenty = plan_segments(chain, budget_bytes=120_000)
+    assert plenty.predicted_peak_bytes <= 120_000 and "offload" not in plenty.actions
+    tight = plan_segments(chain, budget_bytes=60_000, allow=("segment", "offload"), host=Host(host_bytes=60 * 1024))
+    assert tight.predicted_peak_bytes <= 60_000 and 0 < tight.cost.host_bytes <= 60 * 1024
+    with pytest.raises(ValueError, match=r"no plan with offload stays within host_bytes=10;"):
+        plan_segments(chain, allow=("offload",), host=Host(host_bytes=10))
+
+
+def test_unsharded_layers_count() -> None:
+    """Weights of k layers, of one gathered ahead, and one gradient; of one layer instead of k when sharded again."""
+    layer = block_chain(1, 5.0).layers[0]
+    chain = Chain(layers=tuple([LayerCost(**{**_fields(layer), "weights": 10_000})] * 12))
+    for k in (1, 2, 3, 4, 6):
+        plain = SegmentPlan.of(chain, [k] * (12 // k))
+        hold = SegmentPlan.of(chain, [k] * (12 // k), fsdp=FSDP())
+        again = SegmentPlan.of(chain, [k] * (12 // k), fsdp=FSDP(reshard=True))
+        ahead = 1 if k < 12 else 0
+        assert hold.predicted_peak_bytes - plain.predicted_peak_bytes == (k + ahead + 1) * 10_000
+        assert again.predicted_peak_bytes - plain.predicted_peak_bytes == (1 + ahead + 1) * 10_000
+        assert again.reshard and not hold.reshard
+
+
+def _fields(layer: LayerCost) -> dict[str, int]:
+    return {name: getattr(layer, name) for name in LayerCost.__dataclass_fields__}
+
+
+def test_the_report_s_rule_is_one_of_the_plans() -> None:
+    chain = block_chain(80, 5.0)
+    sizes = uniform_segments(80, 5.0)
+    assert SegmentPlan.of(chain, sizes).cost == simulate(chain, range(0, 81, 4), ["segment"] * 20)
+
+
+def test_the_table_names_runs_peak_and_work() -> None:
+    plan = SegmentPlan.of(block_chain(6, 4.0), [2, 2, 1, 1], ["segment", "segment", "nested", "keep"])
+    lines = plan.table().splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["layers", "0-3", "4", "5"]
+    assert "2 x 2" in lines[1] and "nested" in lines[2] and "keep" in lines[3]
+    assert lines[4].startswith("peak 1") and "backward of segment" in lines[4]
+    assert lines[5].startswith("computed again: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(
+            {"budget_bytes": 9_000},
+            r"budget_bytes=9,000 \(8.8 KiB\) is below the lowest peak of 6 layers at 64 tokens",
+            id="floor",
+        ),
+        pytest.param({"budget_bytes": 0}, r"budget_bytes must be positive, got 0", id="zero"),
+        pytest.param({"allow": ()}, r"allow is empty", id="nothing"),
+        pytest.param({"allow": ("segments",)}, r"unknown action 'segments'", id="unknown"),
+        pytest.param({"tokens": 65}, r"a Chain holds for 64 tokens, not for 65", id="tokens"),
+    ],
+)
+def test_impossible_wishes_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_segments(block_chain(6, 4.0), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "actions", "message"),
+    [
+        ([3, 2], "segment", r"bounds must rise from 0 to the 6 layers, got \[0, 3, 5\]"),
+        ([6, 0], "segment", r"bounds must rise"),
+        ([3, 3], ["segment"], r"one action for each of 2 segments, got 1"),
+        ([3, 3], "drop", r"unknown action 'drop'"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused(sizes: list[int], actions: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SegmentPlan.of(block_chain(6, 4.0), sizes, actions)
+    with pytest.raises(ValueError, match="at least one layer"):
+        Chain(layers=())
