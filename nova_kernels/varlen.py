@@ -87,36 +87,44 @@ def cu_seqlens_from_positions(position_ids: Tensor) -> Tensor:
     return torch.cat([torch.nonzero(starts).flatten(), ends]).to(torch.int32)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Refuse boundaries that do not describe a row of `num_tokens` tokens.
+def check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int | None = None) -> None:
+    """Refuse boundaries that do not describe a row of `num_tokens` tokens, or sequences longer than `max_seqlen`.
 
     On the CPU wrong values are a ValueError; on an accelerator they are an asynchronous device assertion, so that
     nothing waits.
 
     Raises:
-        ValueError: not int32 [S + 1] with S >= 0, not starting at 0, decreasing, or not ending at `num_tokens`.
+        ValueError: not int32 [S + 1] with S >= 0, not starting at 0, decreasing, not ending at `num_tokens`, or a
+            sequence of more than `max_seqlen` tokens.
     """
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             f"cu_seqlens: expected int32 of shape [S + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}; "
             "build it with cu_seqlens_from_lengths"
         )
+    lengths = cu_seqlens.diff()
     if cu_seqlens.device.type != "cpu":
-        bounds_right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
-        torch._assert_async(bounds_right & (cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+        right = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens) & (lengths >= 0).all()
+        torch._assert_async(right if max_seqlen is None else right & (lengths <= max_seqlen).all())
         return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens: must start at 0, starts at {bounds[0]}")
-    for index in range(1, len(bounds)):
-        if bounds[index] < bounds[index - 1]:
-            raise ValueError(
-                f"cu_seqlens: must not decrease, entry {index} is {bounds[index]} after {bounds[index - 1]}"
-            )
-    if bounds[-1] != num_tokens:
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(f"cu_seqlens: must start at 0, starts at {first}; build it with cu_seqlens_from_lengths")
+    if lengths.numel() and int(lengths.min()) < 0:
+        index = int((lengths < 0).nonzero()[0]) + 1
         raise ValueError(
-            f"cu_seqlens: must end at the token count {num_tokens}, ends at {bounds[-1]}; "
+            f"cu_seqlens: must not decrease, entry {index} is {int(cu_seqlens[index])} after "
+            f"{int(cu_seqlens[index - 1])}; build it with cu_seqlens_from_lengths"
+        )
+    if last != num_tokens:
+        raise ValueError(
+            f"cu_seqlens: must end at the token count {num_tokens}, ends at {last}; "
             "did the collator drop or add a sequence?"
+        )
+    if max_seqlen is not None and lengths.numel() and int(lengths.max()) > max_seqlen:
+        raise ValueError(
+            f"cu_seqlens: sequence {int(lengths.argmax())} has {int(lengths.max())} tokens, "
+            f"more than max_seqlen={max_seqlen}; pass max_seqlen={int(lengths.max())}"
         )
 
 

@@ -1,8 +1,8 @@
 """Configuration: one flat set of keys per stage, from a YAML recipe and flags of the same names; flags win.
 
 A stage's keys are the fields of its frozen dataclass; the type hints say what a value may be. Text is read by the hint
-("1e-5" is a float where a float is wanted, "null" is None where None is allowed), so that recipes, flags and resolved
-configs mean the same. An unknown key, a wrong type or an impossible value is a `ConfigError` that names key and value.
+(`nova_train.values`), so that recipes, flags and resolved configs mean the same. An unknown key, a wrong type or an
+impossible value is a `ConfigError` that names key and value.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import re
 import secrets
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,15 +21,16 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from nova_train.values import ConfigError as ConfigError
+from nova_train.values import coerce, parse_bytes, parse_yaml
+
 ConfigT = TypeVar("ConfigT")
 
-# These change what is shown, where a run starts or which part a process does, never the results of a run: they are no
-# part of its identity.
-PRESENTATION_KEYS = frozenset({"disable_progress", "report_to", "resume_from_checkpoint", "shard", "verify"})
-
-
-class ConfigError(ValueError):
-    """A recipe or flag that cannot be used; the message names the key, the value and what was expected."""
+# These change what is shown, where a run starts, which part a process does or what is kept in memory, never the results
+# of a run: they are no part of its identity.
+PRESENTATION_KEYS = frozenset(
+    {"disable_progress", "memory_budget", "report_to", "resume_from_checkpoint", "segments", "shard", "verify"}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +66,12 @@ class TrainConfig:
     max_steps: int | None = None  # optimiser steps; None: from the epochs
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"  # of the weights
     bf16: bool = False  # bfloat16 autocast
-    segments: int | None = None  # layers per activation-checkpoint segment; None keeps all activations
+    # Activation checkpoints: layers per segment, a list of all sizes, auto (the fastest plan within memory_budget), or
+    # null (all activations are kept).
+    segments: Literal["auto"] | int | list[int] | None = None
+    # For segments: auto, bytes or a text like 60GiB: all that training may occupy on one device. Null: 90 % of the GPU,
+    # or half of the machine's memory on a CPU.
+    memory_budget: int | str | None = None
     attention_backend: str | None = None  # None: the fastest that can run
 
     seed: int = 0
@@ -108,6 +112,7 @@ class TrainConfig:
             raise ConfigError(f"seed must lie below 2^32, got {self.seed}")
         if unknown := sorted(set(self.report_to) - {"wandb", "tensorboard", "trackio"}):
             raise ConfigError(f"report_to: expected wandb, tensorboard or trackio, got {unknown[0]!r}")
+        _check_segments(self.segments, self.memory_budget)
         product = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.global_batch_size is not None and self.global_batch_size != product:
             raise ConfigError(
@@ -115,6 +120,31 @@ class TrainConfig:
                 f"{self.per_device_train_batch_size} x gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} = {product}; leave one of them out"
             )
+
+    def row_tokens(self) -> int:
+        """Most tokens of a micro-batch, which runs as one packed row: its activations depend on them."""
+        return self.per_device_train_batch_size * self.max_length
+
+    def frozen_models(self) -> list[tuple[str, bool]]:
+        """Models beside the trained one: where each is loaded from, and whether it is a reward model."""
+        return []
+
+    def has_logits(self) -> bool:
+        """Whether the loss goes through the LM head."""
+        return True
+
+
+def _check_segments(segments: object, memory_budget: int | str | None) -> None:
+    """What can be known of them without the model."""
+    for size in segments if isinstance(segments, list) else [segments]:
+        if isinstance(size, int) and size <= 0:
+            raise ConfigError(f"segments must be positive numbers of layers, got {segments}")
+    if segments == []:
+        raise ConfigError("segments must name the size of every segment, got an empty list; null keeps all activations")
+    if memory_budget is not None:
+        parse_bytes(memory_budget, "memory_budget")
+        if segments != "auto":
+            raise ConfigError(f"memory_budget goes with segments: auto, got segments={segments!r}")
 
 
 _POSITIVE = (
@@ -128,7 +158,6 @@ _POSITIVE = (
     "muon_learning_rate",
     "num_train_epochs",
     "max_steps",
-    "segments",
     "num_threads",
     "logging_steps",
     "eval_steps",
@@ -155,7 +184,7 @@ def build_config(cls: type[ConfigT], values: Mapping[str, object], *, where: str
     for key in values:
         if key not in fields:
             raise ConfigError(f"{where}: {unknown_name('key', key, list(fields))}")
-    coerced = {key: _coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    coerced = {key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()}
     missing = [
         name
         for name, f in fields.items()
@@ -180,7 +209,7 @@ def read_recipe(path: str | Path) -> dict[str, object]:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{path}: expected a readable YAML recipe: {reason}") from error
     try:
-        values = yaml.load(text, Loader=_RecipeLoader)
+        values = parse_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
@@ -267,22 +296,6 @@ def unknown_name(what: str, name: str, known: Sequence[str]) -> str:
     return f"unknown {what} {name!r}; expected one of {', '.join(known)}"
 
 
-class _RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice (plain PyYAML keeps the last one silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[object] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, (str, int)) and key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", key_node.start_mark
-                )
-            if isinstance(key, (str, int)):
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
-
-
 def _without_stage(cls: type, values: Mapping[str, object], where: str) -> dict[str, object]:
     """A resolved config names its stage; another stage's file is refused."""
     rest = dict(values)
@@ -303,98 +316,9 @@ def _derive_accumulation(values: dict[str, Any], per_device: Any, where: str) ->
     values["gradient_accumulation_steps"] = total // per_device
 
 
-def _coerce(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type that `hint` names, or a ConfigError that says what was expected."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any or hint is object:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        return _coerce_union(value, hint, arguments, where)
-    if origin is Literal:
-        for choice in arguments:
-            if value == choice and type(value) is type(choice):
-                return choice
-        raise _wrong(value, " or ".join(str(choice) for choice in arguments), where)
-    if origin in (list, tuple):
-        items = _as_sequence(value, where)
-        coerced = [_coerce(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(items)]
-        return coerced if origin is list else tuple(coerced)
-    if origin is dict or hint is dict:
-        parsed = _parse_text(value, where) if isinstance(value, str) else value
-        if not isinstance(parsed, dict) or not all(isinstance(key, str) for key in parsed):
-            raise _wrong(value, "a mapping with text as keys", where)
-        inner = arguments[1] if arguments else Any
-        return {key: _coerce(item, inner, f"{where}.{key}") for key, item in parsed.items()}
-    if hint is bool:
-        return _as_bool(value, where)
-    if hint in (int, float):
-        return _as_number(value, hint, where)
-    if hint is str:
-        if not isinstance(value, str):
-            raise _wrong(value, "text (in quotes if it looks like a number)", where)
-        return value
-    raise TypeError(f"{where}: no rule for the type hint {hint!r}")
-
-
-def _coerce_union(value: Any, hint: Any, arguments: tuple[Any, ...], where: str) -> Any:
-    members = [member for member in arguments if member is not type(None)]
-    if len(members) < len(arguments) and (value is None or value in ("null", "none", "None", "~")):
-        return None
-    if len(members) == 1 and value is not None:
-        return _coerce(value, members[0], where)
-    for member in members:
-        try:
-            return _coerce(value, member, where)
-        except ConfigError:
-            continue
-    raise _wrong(value, str(hint), where)
-
-
-def _as_sequence(value: Any, where: str) -> Sequence[Any]:
-    if isinstance(value, str) and value.startswith("["):
-        value = _parse_text(value, where)
-    if isinstance(value, (list, tuple)):
-        return value
-    if value is None or value is True or isinstance(value, dict):
-        raise _wrong(value, "a list", where)
-    return [value]
-
-
-def _as_bool(value: Any, where: str) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise _wrong(value, "true or false", where)
-    return value
-
-
-def _as_number(value: Any, hint: type, where: str) -> int | float:
-    expected = "a whole number" if hint is int else "a finite number"
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise _wrong(value, expected, where)
-    try:
-        number = int(value) if isinstance(value, int) or re.fullmatch(r"[+-]?\d+", str(value)) else float(value)
-    except ValueError:
-        raise _wrong(value, expected, where) from None
-    if not math.isfinite(number) or (hint is int and number != int(number)):
-        raise _wrong(value, expected, where)
-    return hint(number)
-
-
-def _parse_text(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_RecipeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {text!r}") from error
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def _wrong(value: Any, expected: str, where: str) -> ConfigError:
-    return ConfigError(f"{where}: expected {expected}, got {value!r} ({type(value).__name__})")

@@ -15,7 +15,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 from nova_train import state
 from nova_train.config import TrainConfig, fingerprint, identity
+from nova_train.memory import MemoryMeter, MemoryPlan
 from nova_train.metrics import MetricsLog, Window
 from nova_train.optim import Optimizers, learning_rate_factor
 
@@ -113,6 +114,7 @@ def begin(config: TrainConfig, stage: str) -> Start:
 class Training(Generic[MicroBatch]):
     """One training run: what `train` needs besides the configuration.
 
+    plan: of the model's activations, whose prediction is measured and logged.
     save_extra: writes what a stage keeps beside the model (tokenizer, reward statistics) into a folder.
     evaluate: metrics of held-out data, called every `eval_steps` and at the end; must not use the global generators.
     """
@@ -122,6 +124,7 @@ class Training(Generic[MicroBatch]):
     model: PreTrainedModel
     objective: Objective[MicroBatch]
     source: Source[MicroBatch]
+    plan: MemoryPlan | None = None
     save_extra: Callable[[Path], None]
     evaluate: Callable[[], Mapping[str, float]] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # goes into finished.json
@@ -129,6 +132,7 @@ class Training(Generic[MicroBatch]):
     def __post_init__(self) -> None:
         self.optimizers = Optimizers(self.model, self.config)
         self.window = Window()
+        self.meter = MemoryMeter(self.model, self.plan)
         self.total_steps = len(self.source)
         self.step = 0
         self.tokens = 0
@@ -195,7 +199,8 @@ def train(run: Training[Any]) -> None:
             seconds = time.perf_counter() - started
             if run.step % config.logging_steps == 0 or run.step == run.total_steps:
                 metrics.write(run.step, {**run.window.means(), "num_tokens": run.tokens})
-                metrics.write_timing(run.step, {"step_time": seconds, "tokens_per_second": tokens / seconds})
+                speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
+                metrics.write_timing(run.step, {**speed, **run.meter.figures()})
             last = run.step == run.total_steps
             due = config.eval_steps is not None and run.step % config.eval_steps == 0
             if run.evaluate is not None and due and not last:
@@ -220,7 +225,7 @@ def train(run: Training[Any]) -> None:
 
 def train_step(run: Training[Any]) -> int:
     """One optimiser step; returns the tokens it processed."""
-    tokens = accumulate_gradients(run.objective, run.source.next_step(), run.window)
+    tokens = accumulate_gradients(run.objective, run.source.next_step(), run.window, run.meter.row)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if not torch.isfinite(norm):
@@ -237,8 +242,16 @@ def train_step(run: Training[Any]) -> int:
     return tokens
 
 
-def accumulate_gradients(objective: Objective[Any], batches: Sequence[Any], window: Window) -> int:
+def accumulate_gradients(
+    objective: Objective[Any],
+    batches: Sequence[Any],
+    window: Window,
+    around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> int:
     """Backward of one optimiser step over its micro-batches; the only place that divides a loss.
+
+    Args:
+        around: entered for each micro-batch, with its tokens.
 
     Returns:
         the number of tokens in the micro-batches.
@@ -247,28 +260,32 @@ def accumulate_gradients(objective: Objective[Any], batches: Sequence[Any], wind
     for batch in batches:
         for name, count in objective.counts(batch).items():
             counts[name] = counts.get(name, 0.0) + count
-    tokens = 0
     for batch in batches:
-        terms = objective.terms(batch)
-        parts = {
-            name: objective.weights[name] * total / counts[name]
-            for name, total in terms.sums.items()
-            if counts.get(name, 0.0) > 0
-        }
-        if parts:  # a micro-batch may hold nothing that counts, such as answers that were all cut off
-            loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
-            if loss.requires_grad:
-                loss.backward()
-            window.add("loss", loss, 0)
-        tokens += batch.num_tokens
-        for name in parts:
-            window.add(f"loss/{name}", terms.sums[name], 0)
-        for name, (value, count) in terms.metrics.items():
-            window.add(name, value, count)
+        with around(batch.num_tokens):
+            _backward(objective, batch, counts, window)
     window.add("loss", 0.0, 1)
     for name, count in counts.items():
         window.add(f"loss/{name}", 0.0, count)
-    return tokens
+    return sum(batch.num_tokens for batch in batches)
+
+
+def _backward(objective: Objective[Any], batch: Any, counts: Mapping[str, float], window: Window) -> None:
+    """Forward and backward of one micro-batch; nothing of its graph is left afterwards."""
+    terms = objective.terms(batch)
+    parts = {
+        name: objective.weights[name] * total / counts[name]
+        for name, total in terms.sums.items()
+        if counts.get(name, 0.0) > 0
+    }
+    if parts:  # a micro-batch may hold nothing that counts, such as answers that were all cut off
+        loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
+        if loss.requires_grad:
+            loss.backward()
+        window.add("loss", loss, 0)
+    for name in parts:
+        window.add(f"loss/{name}", terms.sums[name], 0)
+    for name, (value, count) in terms.metrics.items():
+        window.add(name, value, count)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """metrics.jsonl: what a run computed, byte for byte the same on every machine-independent rerun and after every resume.
 
-One JSON object per line, first key "step". Wall-clock figures go to timing.jsonl, so that metrics.jsonl can be compared
-byte for byte; on resume both are cut back to the restored step. Trackers (wandb, tensorboard, trackio) get copies.
+One JSON object per line, first key "step". Wall-clock figures and measured memory go to timing.jsonl, so that
+metrics.jsonl can be compared byte for byte; on resume both are cut back to the restored step. Trackers (wandb,
+tensorboard, trackio) get copies of the metrics.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class MetricsLog:
             send(step, {name: float(value) for name, value in values.items()})
 
     def write_timing(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of wall-clock figures (seconds, tokens per second)."""
+        """One line of figures that no rerun repeats: seconds, tokens per second, measured bytes."""
         _append(self._timing, {"step": step, **{name: _rounded(value) for name, value in values.items()}})
 
 

@@ -23,7 +23,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nova_kernels.checkpoint import checkpoint_segments
 from nova_kernels.integrations.transformers import use_varlen_attention
 from nova_kernels.packing import PackedBatch
 from nova_train.chat import CHATML_TEMPLATE
@@ -72,10 +71,9 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def load_causal_lm(path: str | Path, config: Arithmetic, *, frozen: bool = False) -> PreTrainedModel:
-    """A causal LM with varlen attention, dropout off, and (if trained) activation checkpointing as configured."""
+    """A causal LM with varlen attention and dropout off; one that is trained waits for its segments (memory.py)."""
     model = _from_pretrained(AutoModelForCausalLM, path, dtype=config.dtype)
-    _attach(model, config, frozen=frozen)
-    return model
+    return _placed(model, config, frozen=frozen)
 
 
 def load_plain_causal_lm(path: str | Path) -> PreTrainedModel:
@@ -94,8 +92,24 @@ def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = F
             f"reward_model {path}: {', '.join(sorted(loading['missing_keys']))} is not saved there, so its scores "
             "would be random; give a model trained by `nova-train reward`"
         )
-    _attach(model, config, frozen=frozen)
-    return model
+    return _placed(model, config, frozen=frozen)
+
+
+def model_without_weights(
+    path: str | Path, config: Arithmetic, place: AbstractContextManager[Any], *, reward_head: bool = False
+) -> PreTrainedModel:
+    """The model as it is trained, from its configuration alone.
+
+    Args:
+        place: where its tensors are made, such as torch.device("meta"): shapes and dtypes without memory.
+    """
+    shape = load_model_config(path)
+    if reward_head:
+        shape.num_labels = 1
+    family = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
+    with place:
+        model: PreTrainedModel = family.from_config(shape, dtype=getattr(torch, config.dtype))
+    return _prepared(model, config).train()
 
 
 def give_own_pad_token(model: PreTrainedModel, tokenizer: Any, end_of_turn_id: int) -> None:
@@ -201,15 +215,17 @@ def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **
         raise ConfigError(f"model {path}: {reason} ({str(error).splitlines()[0]})") from error
 
 
-def _attach(model: PreTrainedModel, config: Arithmetic, *, frozen: bool) -> None:
+def _placed(model: PreTrainedModel, config: Arithmetic, *, frozen: bool) -> PreTrainedModel:
+    _prepared(model, config).to(pick_device(config.device))
+    model.eval() if frozen else model.train()
+    return model.requires_grad_(not frozen)
+
+
+def _prepared(model: PreTrainedModel, config: Arithmetic) -> PreTrainedModel:
     model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
     model._autocast = config.bf16
     _turn_off_dropout(model)
-    model.to(pick_device(config.device))
-    model.eval() if frozen else model.train()
-    model.requires_grad_(not frozen)
-    if not frozen and isinstance(config, TrainConfig) and config.segments is not None:
-        checkpoint_segments(model, config.segments)
+    return model
 
 
 def _turn_off_dropout(model: PreTrainedModel) -> None:

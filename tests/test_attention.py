@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from nova_kernels.attention import varlen_attention
+from attention_truth import make_inputs, one_mask
+from nova_kernels.attention import reference, varlen_attention
 from nova_kernels.backend import BackendUnavailableError
 from nova_kernels.varlen import cu_seqlens_from_lengths
-from numerics import assert_as_accurate
+from numerics import OpWatch, assert_as_accurate, undecorate
 
 SHAPES = [
     pytest.param([1], 1, 1, 1, id="smallest"),
@@ -25,44 +26,6 @@ OPTIONS = [
     pytest.param({"softcap": 2.0, "window": 4}, id="softcap-window"),
     pytest.param({"softcap": 2.0, "causal": False}, id="softcap-both-ways"),
 ]
-
-
-def make_inputs(
-    lengths: list[int], heads: int, kv_heads: int, width: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shapes = [(sum(lengths), count, width) for count in (heads, kv_heads, kv_heads)]
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
-    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-
-
-def one_mask(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: list[int],
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    softmax_scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """The same maths for the whole row at once, with one T x T mask."""
-    total = sum(lengths)
-    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64))
-    distance = torch.arange(total)[:, None] - torch.arange(total)
-    visible = sequence[:, None] == sequence
-    if causal:
-        visible &= distance >= 0
-    if window is not None:
-        visible &= distance.abs() < window
-    groups = q.shape[1] // k.shape[1]
-    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(groups, 1))
-    scores = scores * (q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return torch.einsum("hij,jhd->ihd", weights, v.repeat_interleave(groups, 1))
 
 
 def run(inputs: tuple[Tensor, Tensor, Tensor], lengths: list[int], **options: object) -> Tensor:
@@ -98,9 +61,42 @@ def test_exact_in_float64(options: dict) -> None:
     assert difference.abs().max() < 1e-13
 
 
-def test_gradcheck() -> None:
-    inputs = make_inputs([3, 2], 2, 1, 2, torch.float64)
-    assert torch.autograd.gradcheck(lambda *x: run(x, [3, 2]), inputs)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradcheck(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "CPU_QUERIES", 2)  # several blocks per sequence
+    inputs = make_inputs([5, 1, 3], 4, 2, 2, torch.float64, value_width=3)
+    assert torch.autograd.gradcheck(lambda *x: run(x, [5, 1, 3], **options), inputs)
+
+
+@pytest.mark.parametrize("width", [64, 80, 96, 128, 160, 192, 256])
+def test_head_widths(width: int) -> None:
+    lengths = [70, 1, 9]
+    results = []
+    for dtype, attend in ((torch.float32, run), (torch.float32, one_mask), (torch.float64, one_mask)):
+        inputs = make_inputs(lengths, 2, 1, width, dtype)
+        out = attend(inputs, lengths) if attend is run else attend(*inputs, lengths)
+        upstream = torch.linspace(0.5, 1.5, out.numel(), dtype=torch.float64).view_as(out).to(dtype)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, upstream)])
+    for ours, peer, truth in zip(*results, strict=True):
+        assert_as_accurate(ours, peer, truth)
+
+
+def test_values_may_be_narrower_than_keys() -> None:
+    inputs = make_inputs([6, 3], 4, 2, 8, torch.float64, value_width=5)
+    ours, truth = run(inputs, [6, 3]), one_mask(*inputs, [6, 3])
+    assert ours.shape == (9, 4, 5) and (ours - truth).abs().max() < 1e-13
+
+
+def test_the_backward_holds_no_square_of_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nova_kernels.attention import ops
+
+    undecorate(monkeypatch, ops)
+    inputs = make_inputs([600], 2, 2, 4, torch.float32)
+    out = run(inputs, [600])
+    with OpWatch() as watch:
+        out.sum().backward()
+    assert watch.elements < 600**2
+    assert reference._queries(64, 2**20, torch.device("cpu")) == 1  # and fewer queries where there are many keys
 
 
 def test_a_sequence_does_not_notice_its_neighbours() -> None:
@@ -123,10 +119,40 @@ def test_gradients_do_not_change_the_forward() -> None:
     assert torch.equal(without, run(inputs, lengths))
 
 
-def test_bfloat16_stays_bfloat16() -> None:
-    inputs = make_inputs([5, 9], 2, 2, 8, torch.bfloat16)
-    for options in ({}, {"softcap": 3.0}):
-        assert run(inputs, [5, 9], **options).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"window": 4}])
+def test_half_precision_is_as_accurate_as_plain_pytorch(dtype: torch.dtype, options: dict) -> None:
+    results = []
+    for kind, attend in ((dtype, run), (dtype, one_mask), (torch.float64, one_mask)):
+        inputs = [x.detach().to(kind).requires_grad_() for x in make_inputs([5, 9], 4, 2, 8, dtype)]
+        out = attend(inputs, [5, 9], **options) if attend is run else attend(*inputs, [5, 9], **options)
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
+    for ours, peer, truth in zip(*results, strict=True):
+        assert ours.dtype == dtype
+        assert_as_accurate(ours, peer, truth)
+
+
+def test_autocast_runs_in_its_dtype() -> None:
+    inputs = make_inputs([5, 9], 2, 2, 8, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = run(inputs, [5, 9])
+        (gradient,) = torch.autograd.grad(out.sum(), inputs[:1])
+        assert run(make_inputs([5], 2, 2, 8, torch.float64), [5]).dtype == torch.float64
+    with torch.no_grad():
+        expected = run([x.bfloat16() for x in inputs], [5, 9])
+    assert torch.equal(out, expected) and gradient.dtype == torch.float32
+
+
+def test_strided_inputs() -> None:
+    rows = torch.randn(14, 3, 2, 8, dtype=torch.float64)
+    views = tuple(x.requires_grad_() for x in rows.unbind(1))
+    copies = tuple(x.detach().clone().requires_grad_() for x in views)
+    for ours, expected in zip(
+        torch.autograd.grad(run(views, [5, 9]).sum(), views),
+        torch.autograd.grad(run(copies, [5, 9]).sum(), copies),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
 
 
 def test_no_tokens_give_no_output() -> None:
@@ -142,7 +168,13 @@ def test_no_tokens_give_no_output() -> None:
         pytest.param({"k": torch.zeros(5, 2, 3)}, r"needs k \[6, Hkv, 3\].*got \[5, 2, 3\]", id="k-too-short"),
         pytest.param({"q": torch.zeros(6, 3, 3)}, r"multiple of Hkv, got Hq = 3, Hkv = 2", id="heads"),
         pytest.param({"cu_seqlens": cu_seqlens_from_lengths([4])}, r"token count 6, ends at 4", id="boundaries"),
-        pytest.param({"max_seqlen": 3}, r"sequence 0 has 4 tokens, more than max_seqlen=3", id="max-seqlen"),
+        pytest.param({"cu_seqlens": torch.tensor([0, 4, 2, 6]).int()}, r"entry 2 is 2 after 4", id="descending"),
+        pytest.param({"cu_seqlens": torch.tensor([0, 4, 6])}, r"expected int32.*got torch.int64", id="int64"),
+        pytest.param({"max_seqlen": 3}, r"sequence 0 has 4 tokens, .*pass max_seqlen=4", id="max-seqlen"),
+        pytest.param({"max_seqlen": torch.tensor(4)}, r"max_seqlen must be an int, got Tensor", id="max-seqlen-tensor"),
+        pytest.param({"v": torch.zeros(6, 2, 0)}, r"heads need a width, got D = 3, Dv = 0", id="no-width"),
+        pytest.param({"v": torch.zeros(6, 2, 3).double()}, r"one floating-point dtype, got .*float64", id="dtypes"),
+        pytest.param({"v": torch.zeros(6, 2, 3).to("meta")}, r"are on cpu, cpu, meta; move them", id="devices"),
         pytest.param({"window": 0}, r"window must be at least 1 token, got 0", id="window"),
         pytest.param({"softcap": 0.0}, r"softcap must be positive, got 0.0", id="softcap"),
         pytest.param({"backend": "magic"}, r"unknown backend 'magic'", id="backend"),
@@ -151,5 +183,5 @@ def test_no_tokens_give_no_output() -> None:
 def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
     row = torch.zeros(6, 2, 3)
     arguments = {"q": row, "k": row, "v": row, "cu_seqlens": cu_seqlens_from_lengths([4, 2]), "max_seqlen": 4} | change
-    with pytest.raises((ValueError, BackendUnavailableError), match=message):
+    with pytest.raises((ValueError, TypeError, BackendUnavailableError), match=message):
         varlen_attention(**arguments)

@@ -29,7 +29,8 @@ def random_layer(rng: random.Random) -> LayerCost:
     flops = rng.randint(1, 100)
     return LayerCost(
         boundary=rng.randint(1, 20),
-        saved=rng.randint(0, 100),
+        saved=(saved := rng.randint(0, 100)),
+        copies=rng.choice([0, saved // 2]),
         saves_input=rng.random() < 0.5,
         forward=rng.randint(0, 40),
         recompute=rng.randint(0, 120),
@@ -44,6 +45,7 @@ def random_chain(rng: random.Random, num_layers: int) -> Chain:
     return Chain(
         layers=tuple(random_layer(rng) for _ in range(num_layers)),
         loss=rng.randint(0, 100),
+        under_autocast=rng.randint(0, 150),
         after_loss=rng.randint(0, 10),
         embedding=rng.randint(0, 60),
         fixed=rng.randint(0, 9),
@@ -71,10 +73,11 @@ def outcomes(chain: Chain, allow: tuple[Action, ...], fsdp: FSDP | None, host: H
     cost = cache(lambda start, stop, action: segment_cost(chain, start, stop, action, fsdp=fsdp, host=host))
     found = []
 
-    def extend(start: int, kept: int, flight: int, peak: int, time: int, hosted: int) -> None:
+    def extend(start: int, kept: int, copies: int, flight: int, peak: int, time: int, hosted: int) -> None:
         if start == num_layers:
             if limit is None or hosted <= limit:
-                found.append((chain.fixed + max(peak, kept + chain.loss, chain.embedding), time))
+                loss = kept + max(chain.loss, chain.under_autocast - copies)
+                found.append((chain.fixed + max(peak, loss, chain.embedding), time))
             return
         for stop in range(start + 1, num_layers + 1):
             for action in allow:
@@ -83,13 +86,14 @@ def outcomes(chain: Chain, allow: tuple[Action, ...], fsdp: FSDP | None, host: H
                 extend(
                     stop,
                     kept + one.kept,
+                    copies + one.copies,
                     flight if action == "keep" else one.in_flight,
-                    max(peak, kept + one.forward, backward),
+                    max(peak, kept - copies + one.forward, backward),
                     time + one.time_flops,
                     hosted + one.host_bytes,
                 )
 
-    extend(0, 0, 0, 0, 0, 0)
+    extend(0, 0, 0, 0, 0, 0, 0)
     return found
 
 

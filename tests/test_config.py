@@ -18,6 +18,7 @@ from nova_train.config import (
     parse_flags,
     write_config,
 )
+from nova_train.values import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,6 +204,73 @@ def test_impossible_training_values_are_refused(key: str, value: object, message
         train(**{key: value})
 
 
+@pytest.mark.parametrize(
+    ("given_value", "expected"),
+    [
+        ("auto", "auto"),
+        ("4", 4),
+        (4, 4),
+        ("null", None),
+        (None, None),
+        ([3, 3, 2], [3, 3, 2]),
+        (["3", "3", "2"], [3, 3, 2]),
+        ("3 3 2", [3, 3, 2]),
+        ("[3, 3, 2]", [3, 3, 2]),
+        ([8], [8]),
+    ],
+)
+def test_segments_are_a_word_a_number_or_a_list(given_value: object, expected: object, tmp_path) -> None:
+    config = train(segments=given_value)
+    assert config.segments == expected and type(config.segments) is type(expected)
+    write_config(config, tmp_path / "resolved.yaml")
+    assert load_config(TrainConfig, tmp_path / "resolved.yaml", {}) == config
+
+
+def test_segments_from_flags() -> None:
+    recipe, flags = parse_flags(["--segments", "3", "3", "2", "--memory_budget=60GiB"])
+    assert recipe is None and flags == {"segments": ["3", "3", "2"], "memory_budget": "60GiB"}
+    assert train(segments=flags["segments"]).segments == [3, 3, 2]
+    assert train(segments="auto", memory_budget="64e9").memory_budget == 64_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"segments": "atuo"}, "segments: expected auto, a whole number, a list of whole numbers or null, got 'atuo'"),
+        ({"segments": [2, "x"]}, r"segments: expected auto, .*, got \[2, 'x'\]"),
+        ({"segments": True}, "segments: expected auto, .*, got True"),
+        ({"segments": 1.5}, "segments: expected auto, .*, got 1.5"),
+        ({"segments": 0}, "segments must be positive numbers of layers, got 0"),
+        ({"segments": [3, 0]}, r"segments must be positive numbers of layers, got \[3, 0\]"),
+        ({"segments": []}, "segments must name the size of every segment, got an empty list"),
+        ({"memory_budget": "60GiB"}, "memory_budget goes with segments: auto, got segments=None"),
+        ({"memory_budget": 1000, "segments": 2}, "memory_budget goes with segments: auto, got segments=2"),
+        ({"memory_budget": "60 cards", "segments": "auto"}, "memory_budget must be a size such as 60GiB, .*'60 cards'"),
+        ({"memory_budget": -1, "segments": "auto"}, "memory_budget must be a size such as 60GiB, .* got -1"),
+        ({"memory_budget": "0", "segments": "auto"}, "memory_budget must be at least one byte, got 0"),
+    ],
+)
+def test_segments_that_cannot_be_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        (17, 17),
+        ("17", 17),
+        ("2 KB", 2000),
+        ("2KiB", 2048),
+        ("1.5gib", 3 * 2**29),
+        ("80GB", 80 * 10**9),
+        ("1 TiB", 2**40),
+    ],
+)
+def test_sizes_are_read_with_their_units(text: str | int, num_bytes: int) -> None:
+    assert parse_bytes(text, "size") == num_bytes
+
+
 def test_one_data_set_name_becomes_a_list_of_one() -> None:
     assert TrainConfig(output_dir="o", dataset_name="a", max_length=8, learning_rate=1.0).dataset_name == ["a"]  # type: ignore[arg-type]
 
@@ -227,7 +295,7 @@ def test_the_fingerprint_sees_values_and_not_their_order() -> None:
 
 
 def test_presentation_is_no_part_of_the_identity() -> None:
-    plain, shown = train(), train(disable_progress=True, report_to="wandb", resume_from_checkpoint=None)
+    plain, shown = train(), train(disable_progress=True, report_to="wandb", resume_from_checkpoint=None, segments=2)
     assert identity(plain) == identity(shown)
     assert config_to_dict(plain) != config_to_dict(shown)
     assert identity(plain) != identity(train(seed=1))

@@ -9,8 +9,10 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import tiny
+from nova_kernels.checkpoint import format_bytes
+from nova_train import memory
 from nova_train.__main__ import main
-from nova_train.config import TrainConfig
+from nova_train.config import ConfigError, TrainConfig
 from nova_train.stages import dry_run
 from nova_train.stages.grpo import GRPOConfig
 from nova_train.stages.pas import PASConfig
@@ -29,7 +31,7 @@ def keys(model: Path, data: Path | str = "unread", **values: Any) -> dict[str, A
 
 
 def sizes(config: TrainConfig) -> dict[str, int]:
-    return {part.name: part.num_bytes for part in dry_run.estimate_memory(config)}
+    return {part.name: part.num_bytes for part in memory.estimate_memory(config)}
 
 
 def test_memory_is_counted_in_parameters(model: Path) -> None:
@@ -65,7 +67,7 @@ def test_frozen_models_of_reinforcement_learning_count(model: Path) -> None:
     [
         ("sft", tiny.sft_file, [], ["trained share of tokens", "packs per epoch"]),
         ("pas", tiny.pas_file, [], ["trained share of tokens", "prompt_style: report"]),
-        ("reward", tiny.pair_file, [], ["chosen", "rejected", "have a score"]),
+        ("reward", tiny.pair_file, [], ["chosen", "rejected", "have a score", "a row of 8,192 tokens"]),
         ("grpo", tiny.prompt_file, ["--reward_funcs", "a:b"], ["different prompts", "frozen models"]),
     ],
 )
@@ -78,9 +80,57 @@ def test_a_dry_run_shows_keys_data_and_memory(
     assert main([stage, *words, "--dry_run"]) == 0
     text = capsys.readouterr().out
     assert f"stage: {stage}\noutput_dir: {out}\n" in text
-    for word in (*shown, "tokens", "memory", "logits chunk", "activations on top"):
+    for word in (*shown, "tokens", "memory", "gradients", "activations", "needed in backward", "computed again: 0.0%"):
         assert word in text
     assert not out.exists()
+
+
+def shown(config: TrainConfig) -> str:
+    out = io.StringIO()
+    dry_run.print_plan(config, console=Console(file=out, width=100))
+    return out.getvalue().split(" memory ")[1]
+
+
+def test_any_segments_are_shown_as_a_table_with_their_peak(model: Path, tmp_path: Path) -> None:
+    data = tiny.sft_file(tmp_path / "rows.jsonl", 4)
+    kept, one, auto = (
+        shown(SFTConfig(**keys(model, data, max_length=512, **values)))
+        for values in ({}, {"segments": [1, 1]}, {"segments": "auto", "memory_budget": "1GiB"})
+    )
+    assert "1 x 2     keep" in kept and "computed again: 0.0%" in kept
+    assert "2 x 1     segment" in one and "a row of 512 tokens" in one
+    assert "1 x 2     keep" in auto and "of a budget of 1.0 GiB" in auto and "of a budget" not in one
+    peaks = [
+        plan.activations.predicted_peak_bytes
+        for plan in map(
+            memory.plan_memory,
+            (SFTConfig(**keys(model, max_length=512)), SFTConfig(**keys(model, max_length=512, segments=1))),
+        )
+    ]
+    assert peaks[0] > peaks[1]
+    for text, peak in zip((kept, one), peaks, strict=True):
+        assert f"peak {format_bytes(peak)}" in text
+
+
+def test_a_budget_that_cannot_do_is_told_by_a_dry_run(model: Path, tmp_path: Path, capsys: Any) -> None:
+    data = tiny.sft_file(tmp_path / "rows.jsonl", 4)
+    words = ["--output_dir", str(tmp_path / "out"), "--model_name_or_path", str(model), "--dataset_name", str(data)]
+    assert main(["sft", *words, "--segments", "auto", "--memory_budget", "1MB", "--dry_run"]) == 2
+    assert "memory_budget 976.6 KiB: weights, gradients, optimiser and logits take" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_profiled_still_has_an_estimate(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no fake implementation\nand more")
+
+    monkeypatch.setattr(memory, "profile_layers", refuse)
+    text = shown(SFTConfig(**keys(model, tiny.sft_file(tmp_path / "rows.jsonl", 4))))
+    assert "and activations on top" in text and "cannot be predicted (no fake implementation);" in text
+    with pytest.raises(ConfigError, match="sizes .3. must be positive and sum to the 2 layers"):
+        monkeypatch.undo()
+        memory.plan_memory(SFTConfig(**keys(model, segments=[3])))
 
 
 def test_the_prompts_of_pas_are_counted_in_their_format(model: Path, tmp_path: Path) -> None:
@@ -99,4 +149,4 @@ def test_the_prompts_of_pas_are_counted_in_their_format(model: Path, tmp_path: P
     ("num_bytes", "text"), [(1, "1.0 B"), (2048, "2.0 KiB"), (3 * 2**20, "3.0 MiB"), (5000 * 2**30, "4.9 TiB")]
 )
 def test_sizes_are_readable(num_bytes: int, text: str) -> None:
-    assert text in dry_run.memory_text([dry_run.MemoryPart(name="x", num_bytes=num_bytes, formula="f")])
+    assert text in memory.memory_text([memory.MemoryPart(name="x", num_bytes=num_bytes, formula="f")])

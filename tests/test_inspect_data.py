@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import tiny
+from nova_kernels.packing import PackedBatch
+from nova_train.__main__ import main
 from nova_train.chat import CHATML_TEMPLATE, Chat
 from nova_train.config import ConfigError
+from nova_train.stages import inspect_data
 from nova_train.stages.inspect_data import InspectDataConfig, coloured, run, statistics_text, token_statistics
 from small_tokenizers import byte_level
 
@@ -103,6 +108,66 @@ def test_text_for_a_dry_run(tokenizer: str, tmp_path: Path) -> None:
     text = statistics_text(InspectDataConfig(model_name_or_path=tokenizer, dataset_name=str(path)))  # type: ignore[arg-type]
     assert "packs per epoch, utilisation" in text and "What is" not in text and "\x1b" not in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("model"))
+
+
+FILES = {"sft": tiny.sft_file, "preference": tiny.pair_file, "prompt": tiny.prompt_file}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_the_trainer_keeps_packed_samples_apart(kind: Any, model: Path, tmp_path: Path) -> None:
+    data, out = FILES[kind](tmp_path / "rows.jsonl"), StringIO()
+    config = InspectDataConfig(
+        model_name_or_path=str(model),
+        dataset_name=[str(data)],
+        kind=kind,
+        check_packing=True,
+        output_dir=str(tmp_path / "out"),
+        max_length=256,
+    )
+    run(config, console=Console(file=out, width=120, color_system=None))
+    found = json.loads((tmp_path / "out" / "statistics.json").read_text(encoding="utf-8"))["check_packing"]
+    assert found["samples"] == 4 and found["tokens"] <= 256
+    assert found["trainer"] < 1e-5 * found["largest_logit"] < 0.01 * found["own_attention"]
+    trainer, own = out.getvalue().splitlines()[-2:]
+    assert trainer.startswith("  the trainer") and trainer.endswith("apart")
+    assert own.startswith("  its own attention") and own.endswith("LEAK"), "a cache reaches it by default"
+
+
+@pytest.mark.parametrize("broken", ["leak", "not a number"])
+def test_a_leak_is_an_error(
+    broken: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if broken == "leak":  # nobody says where samples begin
+        monkeypatch.setattr(PackedBatch, "attention_kwargs", lambda _: {"use_cache": False})
+    else:
+        monkeypatch.setattr(inspect_data, "check_packing", lambda *_: float("nan"))
+    data = tiny.sft_file(tmp_path / "rows.jsonl")
+    words = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(tmp_path / "out")]
+    assert main(["inspect-data", *words, "--check_packing", "--attention_backend", "reference"]) == 2
+    said = capsys.readouterr()
+    assert said.out.count("LEAK") == 2 and "apart\n" not in said.out
+    assert "packed samples see each other" in said.err and "choose another attention_backend" in said.err
+    assert not (tmp_path / "out" / "finished.json").exists()
+
+
+def test_packing_cannot_be_checked_without_weights_or_with_one_sample(
+    tokenizer: str, model: Path, tmp_path: Path
+) -> None:
+    keys: dict[str, Any] = {"dataset_name": [str(tiny.sft_file(tmp_path / "rows.jsonl"))], "check_packing": True}
+    with pytest.raises(ConfigError, match="check_packing needs a causal LM with its weights: .*"):
+        run(InspectDataConfig(model_name_or_path=tokenizer, **keys))
+    config_only = tmp_path / "config_only"
+    shutil.copytree(model, config_only)
+    (config_only / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="needs a causal LM with its weights: .*it has no model that opens"):
+        run(InspectDataConfig(model_name_or_path=str(config_only), **keys))
+    with pytest.raises(ConfigError, match="no two of 24 samples fit into max_length 8 together"):
+        run(InspectDataConfig(model_name_or_path=str(model), max_length=8, **keys))
 
 
 def test_refusals() -> None:

@@ -21,9 +21,12 @@ from nova_kernels import (
     topk_kl_div,
     topk_kl_div_from_logits,
     topk_select,
+    varlen_attention,
 )
+from nova_kernels.attention import ops as attention_ops
 from nova_kernels.logprob import ops as logprob_ops
 from nova_kernels.topk_kl import linear_ops, ops
+from nova_kernels.varlen import cu_seqlens_from_lengths
 
 N, V, H, K = 6, 23, 5, 4
 MASK = torch.tensor([True, True, False, True, True, True])
@@ -39,6 +42,8 @@ def make() -> tuple[Tensor, ...]:
 
 
 HIDDEN, WEIGHT, BIAS, LOGITS, REF_LOGITS = make()
+ROW, BOUNDS = HIDDEN.detach()[:, None], cu_seqlens_from_lengths([2, 0, 4])
+QKV = (ROW.expand(N, 2, H).clone().requires_grad_(), ROW, LOGITS.detach()[:, None].requires_grad_())
 REF = topk_select(REF_LOGITS, K)
 TOP = (REF.ids, REF.values)
 F32 = torch.float32
@@ -63,6 +68,12 @@ OPERATORS: dict[str, tuple[Any, tuple[Any, ...]]] = {
         )
         for backend, tail in (("dense", "none"), ("dense", "bucket"), ("union", "none"), ("gather", "none"))
     },
+    "varlen_attention": (attention_ops.varlen_attention, (*QKV, BOUNDS, 4, True, 3, 0.5, None)),
+    "varlen_attention-softcap": (attention_ops.varlen_attention, (*QKV, BOUNDS, 9, False, None, 1.0, 2.0)),
+    "varlen_attention_backward": (
+        attention_ops.varlen_attention_backward,
+        (*(LOGITS.detach()[:, None].expand(N, 2, V), *(x.detach() for x in QKV)), BOUNDS, 4, True, None, 1.0, None),
+    ),
     "linear_logprobs": (
         logprob_ops.linear_logprobs,
         (
@@ -99,6 +110,12 @@ CALLS: dict[str, Callable[[], Tensor]] = {
         term for term in linear_logprobs(HIDDEN, WEIGHT, TARGETS, bias=BIAS, ref=REF) if term is not None
     ),
     "linear_cross_entropy": lambda: linear_cross_entropy(HIDDEN, WEIGHT, TARGETS, ignore_index=-100),
+    "varlen_attention": lambda: varlen_attention(
+        *(torch.stack([HIDDEN, -HIDDEN], 1), HIDDEN[:, None].sin(), LOGITS[:, None]),
+        cu_seqlens=BOUNDS,
+        max_seqlen=4,
+        window=2,
+    ),
     "TopKKLDivLoss": lambda: TopKKLDivLoss(reduction="sum")(LOGITS, REF, MASK),
     "LinearTopKKLDivLoss": lambda: LinearTopKKLDivLoss()(HIDDEN, WEIGHT, REF, BIAS, MASK),
     "LinearCrossEntropyLoss": lambda: LinearCrossEntropyLoss(softcap=2.0)(HIDDEN, WEIGHT, TARGETS),

@@ -78,3 +78,17 @@ def test_wrong_lengths_are_refused(lengths: list, message: str) -> None:
 def test_wrong_boundaries_are_refused(cu_seqlens: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_cu_seqlens(cu_seqlens, 4)
+
+
+def test_sequences_beyond_max_seqlen_are_refused() -> None:
+    cu_seqlens = cu_seqlens_from_lengths([3, 5, 4])
+    check_cu_seqlens(cu_seqlens, 12, 5)
+    with pytest.raises(ValueError, match=r"sequence 1 has 5 tokens, more than max_seqlen=4; pass max_seqlen=5"):
+        check_cu_seqlens(cu_seqlens, 12, 4)
+
+
+def test_values_on_a_device_are_not_read() -> None:
+    """The meta device has none; shapes are checked all the same."""
+    check_cu_seqlens(cu_seqlens_from_lengths([3, 5]).to("meta"), 9, 4)
+    with pytest.raises(ValueError, match=r"expected int32 of shape \[S \+ 1\]"):
+        check_cu_seqlens(torch.zeros(3, 2, dtype=torch.int32, device="meta"), 6)

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nova_kernels.attention import reference
-from nova_kernels.backend import choose
-from nova_kernels.varlen import check_cu_seqlens, lengths_of
+from nova_kernels.attention.dispatch import attend
+from nova_kernels.attention.flops import count_flops
 
-__all__ = ["varlen_attention"]
+__all__ = ["count_flops", "varlen_attention"]
 
 
 def varlen_attention(
@@ -35,60 +34,36 @@ def varlen_attention(
     """Attention of each packed sequence to itself.
 
     Args:
-        q: [T, Hq, D], any float dtype.
+        q: [T, Hq, D], any float dtype; under torch.autocast its dtype is used.
         k: [T, Hkv, D] with Hq a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
         v: [T, Hkv, Dv].
-        cu_seqlens: int32 [S + 1], boundaries from 0 to T; on the CPU, or reading it waits for the device.
-        max_seqlen: tokens of the longest sequence, or an upper bound of it.
+        cu_seqlens: int32 [S + 1], boundaries from 0 to T; on the CPU (best) or on the device of q.
+        max_seqlen: tokens of the longest sequence, or an upper bound of it; an int.
         causal: token i sees tokens j <= i only.
         window: tokens that a token sees on one side, itself included (1 = only itself). None = all.
         softmax_scale: factor on the scores; None is D ** -0.5.
         softcap: scores are softcap * tanh(scores / softcap). None = as they are.
-        backend: "reference"; None takes the fastest that can run.
+        backend: "flash" (the flash-attn package), "torch_varlen" (torch's FlashAttention) or "reference" (PyTorch's
+            attention, one sequence at a time); None takes the first of these that can run.
 
     Returns:
         [T, Hq, Dv] in the dtype of q.
 
     Raises:
-        ValueError: shapes or boundaries disagree, or an option is out of range.
+        ValueError: shapes, dtypes or boundaries disagree, or an option is out of range. Wrong values in boundaries that
+            are on a GPU are an assertion there, so that nothing waits (the reference waits, and raises).
+        TypeError: max_seqlen is no int.
         BackendUnavailableError: the named backend cannot run these inputs.
     """
-    _check_shapes(q, k, v)
-    check_cu_seqlens(cu_seqlens, q.shape[0])
-    if window is not None and window < 1:
-        raise ValueError(f"varlen_attention: window must be at least 1 token, got {window}; None = no window")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"varlen_attention: softcap must be positive, got {softcap}; None = no cap")
-    choose("varlen_attention", backend, {"reference": None})
-    lengths = lengths_of(cu_seqlens)
-    if lengths and max(lengths) > max_seqlen:
-        raise ValueError(
-            f"varlen_attention: sequence {lengths.index(max(lengths))} has {max(lengths)} tokens, "
-            f"more than max_seqlen={max_seqlen}"
-        )
-    return reference.varlen_attention(
+    return attend(
         q,
         k,
         v,
-        lengths,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
         causal=causal,
         window=window,
-        softmax_scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        softmax_scale=softmax_scale,
         softcap=softcap,
+        backend=backend,
     )
-
-
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if not q.ndim == k.ndim == v.ndim == 3:
-        raise ValueError(
-            "varlen_attention: expected q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], "
-            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    tokens, heads, width = q.shape
-    if k.shape[0] != tokens or k.shape[2] != width or v.shape[:2] != k.shape[:2]:
-        raise ValueError(
-            f"varlen_attention: q {list(q.shape)} needs k [{tokens}, Hkv, {width}] and v [{tokens}, Hkv, Dv], "
-            f"got {list(k.shape)} and {list(v.shape)}"
-        )
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"varlen_attention: Hq must be a multiple of Hkv, got Hq = {heads}, Hkv = {k.shape[1]}")

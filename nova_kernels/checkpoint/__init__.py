@@ -12,7 +12,7 @@ docs/kernels/checkpoint.md.
 """
 
 from nova_kernels.checkpoint.cost import ACTIONS, FSDP, Action, Chain, Cost, Host, LayerCost, simulate
-from nova_kernels.checkpoint.plan import InfeasibleBudgetError, SegmentPlan, plan_segments
+from nova_kernels.checkpoint.plan import InfeasibleBudgetError, SegmentPlan, format_bytes, plan_segments
 from nova_kernels.checkpoint.profile import Profile, profile_layers
 from nova_kernels.checkpoint.segments import CheckpointHandle, checkpoint_segments, uniform_segments
 from nova_kernels.checkpoint.tracker import StorageTracker
@@ -31,6 +31,7 @@ __all__ = [
     "SegmentPlan",
     "StorageTracker",
     "checkpoint_segments",
+    "format_bytes",
     "plan_segments",
     "profile_layers",
     "simulate",

@@ -37,6 +37,7 @@ class LayerCost:
     forward: int  # most alive in a forward pass that keeps nothing, above what was alive before; its output counts
     recompute: int  # the same for a pass that keeps `saved`
     backward: int  # most alive in backward above `saved` and the input; the gradient that comes in counts
+    copies: int = 0  # of `saved`: weights in another dtype, which autocast holds until it ends in any case
     weights: int = 0  # its parameters
     flops: int = 1  # of one forward pass
     tail_flops: int = 0  # of those, behind the last tensor saved: a second pass leaves them out
@@ -48,6 +49,7 @@ class Chain:
 
     layers: tuple[LayerCost, ...]
     loss: int = 0  # most alive in head, loss and their backward, above what the layers keep
+    under_autocast: int = 0  # the same while the layers' autocast lasts, with its copies of all layers' weights
     after_loss: int = 0  # of these, still alive while the layers run backward: logits that somebody holds
     embedding: int = 0  # most alive in the backward of what comes before the layers
     fixed: int = 0  # alive all along: what layers share
@@ -91,9 +93,10 @@ class Host:
 class SegmentCost:
     """One segment by itself; bytes above what the segments before it keep."""
 
-    forward: int  # most alive in forward
+    forward: int  # most alive in forward, with autocast's copies of all layers so far
     backward: int  # most alive in backward
     kept: int  # left alive between the two
+    copies: int = 0  # of these, what autocast holds anyway as long as it lasts
     in_flight: int = 0  # an offloaded boundary: it sets out for the device when the next segment runs backward
     host_bytes: int = 0
     recompute_flops: int = 0
@@ -131,12 +134,14 @@ def simulate(
         for (start, stop), action in zip(pairwise(bounds), actions, strict=True)
     ]
     moments: list[tuple[int, str]] = []
-    kept, before = 0, 0
+    kept = before = copies = 0
     for index, (action, cost) in enumerate(zip(actions, costs, strict=True)):
-        moments.append((kept + cost.forward, f"forward of segment {index}"))
+        moments.append((kept - copies + cost.forward, f"forward of segment {index}"))
         moments.append((kept + before + cost.backward + chain.after_loss, f"backward of segment {index}"))
-        kept, before = kept + cost.kept, before if action == "keep" else cost.in_flight
-    moments += [(kept + chain.loss, "loss"), (chain.embedding, "backward of the embedding")]
+        kept, copies = kept + cost.kept, copies + cost.copies
+        before = before if action == "keep" else cost.in_flight
+    moments += [(kept + chain.loss, "loss"), (kept - copies + chain.under_autocast, "loss, under autocast")]
+    moments.append((chain.embedding, "backward of the embedding"))
     peak, where = max(moments, key=lambda moment: moment[0])
     return Cost(
         peak_bytes=chain.fixed + peak,
@@ -181,26 +186,27 @@ def segment_cost(
 
 def _kept(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> SegmentCost:
     forward = backward = kept = 0
+    before = _copies(chain, start)
     for index in range(start, stop):
         layer = chain.layers[index]
         gathered = _unsharded(chain, index, index, fsdp, ahead=1)
-        forward = max(forward, kept + layer.boundary + layer.recompute + gathered)
+        forward = max(forward, before + kept + layer.boundary + layer.recompute + gathered)
         kept += layer.saved + layer.boundary * layer.saves_input
         gathered = _unsharded(chain, index, index, fsdp)
         backward = max(backward, kept + layer.backward + gathered + _gradient(layer, fsdp))
-    return SegmentCost(forward=forward, backward=backward, kept=kept)
+    copies = sum(layer.copies for layer in chain.layers[start:stop])
+    return SegmentCost(forward=forward, backward=backward, kept=kept, copies=copies)
 
 
 def _forward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     """Most alive while a segment runs forward and keeps its boundary alone."""
-    layers = chain.layers
-    return max(
-        layers[start].boundary
-        + (layers[index].boundary if index > start else 0)
-        + layers[index].forward
-        + _unsharded(chain, index, index, fsdp, ahead=1)
-        for index in range(start, stop)
-    )
+    layers, copies, peak = chain.layers, _copies(chain, start), 0
+    for index in range(start, stop):
+        layer = layers[index]
+        hidden = layers[start].boundary + (layer.boundary if index > start else 0)
+        peak = max(peak, hidden + copies + layer.forward + _unsharded(chain, index, index, fsdp, ahead=1))
+        copies += layer.copies
+    return peak
 
 
 def _backward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
@@ -232,6 +238,11 @@ def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> 
         peak = max(peak, inputs + again + gradient + weights)
         peak = max(peak, inputs + layer.saved + layer.backward + weights + _gradient(layer, fsdp))
     return peak
+
+
+def _copies(chain: Chain, start: int) -> int:
+    """What autocast holds of the layers in front."""
+    return sum(layer.copies for layer in chain.layers[:start])
 
 
 def _incoming(chain: Chain, stop: int) -> int:

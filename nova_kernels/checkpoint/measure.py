@@ -50,6 +50,7 @@ class RestRun:
 
     shared: int = 0  # alive in front of the first layer, beside its input
     loss: list[int] = field(default_factory=list)
+    under_autocast: int = 0  # how many of these lie within the autocast of the layers
     after_loss: int = 0  # still alive when the layers' backward begins
     embedding: list[int] = field(default_factory=list)
     needs_gradient: bool = False  # whether the layers' input does
@@ -118,10 +119,14 @@ def measure_rest(
     rest, tracker = RestRun(), StorageTracker()
     held: list[Any] = []  # what the layers are given is alive as long as they are
 
+    def autocast_ended() -> None:
+        rest.under_autocast = len(tracker.totals)
+
     def entered(hidden: Tensor) -> None:
         rest.needs_gradient = hidden.requires_grad
         rest.shared = tracker.current - hidden.untyped_storage().nbytes()
         tracker.reset_peak()
+        _when_autocast_ends(hidden.device, autocast_ended)
 
     def left(gradient: Tensor) -> None:
         rest.loss = [total - rest.shared for total in tracker.totals]
@@ -223,6 +228,17 @@ def _count_flops(record: Record, needs_gradient: bool) -> tuple[int, int]:
         record.call.run(_fresh(record.hidden, needs_gradient))
     total = counter.get_total_flops()
     return total, total - at_last_saved
+
+
+def _when_autocast_ends(device: torch.device, callback: Callable[[], None]) -> None:
+    """Call back when autocast forgets its copies of weights: a copy of ours tells. If it is off, nothing to do."""
+    copies: list[torch.UntypedStorage] = []
+    weight = torch.ones(1, 1, device=device, requires_grad=True)
+    with saved_tensors_hooks(lambda tensor: copies.append(tensor.untyped_storage()), _unwanted):
+        torch.nn.functional.linear(torch.ones(1, 1, device=device, requires_grad=True), weight)
+    for copy in copies:
+        if copy.nbytes() != weight.untyped_storage().nbytes():
+            weakref.finalize(copy, callback).atexit = False
 
 
 def _unwanted(_: None) -> Tensor:

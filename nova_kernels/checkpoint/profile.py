@@ -41,7 +41,8 @@ class LayerProfile:
     forward: Lines
     recompute: Lines
     backward: Lines
-    weights: int  # bytes
+    copies: int  # bytes, as are
+    weights: int
     flops: tuple[float, float]  # a T + b T^2
     tail_flops: tuple[float, float]
 
@@ -53,6 +54,7 @@ class LayerProfile:
             forward=self.forward.at(tokens),
             recompute=self.recompute.at(tokens),
             backward=self.backward.at(tokens),
+            copies=self.copies,
             weights=self.weights,
             flops=max(1, round(self.flops[0] * tokens + self.flops[1] * tokens**2)),
             tail_flops=round(self.tail_flops[0] * tokens + self.tail_flops[1] * tokens**2),
@@ -68,6 +70,7 @@ class Profile:
     layers: tuple[LayerProfile, ...]
     shared: Lines  # alive all along: tensors that several layers are given
     loss: Lines
+    under_autocast: Lines
     after_loss: Lines
     embedding: Lines
     not_affine: str | None = None  # why the profile holds for the sample's tokens alone
@@ -100,6 +103,7 @@ class Profile:
         return Chain(
             layers=tuple(distinct[layer] for layer in self.layers),
             loss=self.loss.at(tokens),
+            under_autocast=self.under_autocast.at(tokens),
             after_loss=self.after_loss.at(tokens),
             embedding=self.embedding.at(tokens),
             fixed=self.shared.at(tokens),
@@ -200,6 +204,7 @@ def _fitted_layer(tokens: list[int], runs: list[LayerRun], weights: int) -> Laye
         forward=Lines.through(tokens, [run.forward for run in runs]),
         recompute=Lines.through(tokens, [run.recompute for run in runs]),
         backward=Lines.through(tokens, [run.backward for run in runs]),
+        copies=runs[-1].cached,
         weights=weights,
         flops=_quadratic(tokens, [run.flops for run in runs]),
         tail_flops=_quadratic(tokens, [run.tail_flops for run in runs]),
@@ -209,7 +214,10 @@ def _fitted_layer(tokens: list[int], runs: list[LayerRun], weights: int) -> Laye
 def _fitted_rest(tokens: list[int], rests: list[RestRun], cached: int) -> dict[str, Lines]:
     return {
         "shared": Lines.through(tokens, [[rest.shared] for rest in rests]),
-        "loss": Lines.through(tokens, [[total + cached for total in rest.loss] for rest in rests]),
+        "loss": Lines.through(tokens, [rest.loss[rest.under_autocast :] for rest in rests]),
+        "under_autocast": Lines.through(
+            tokens, [[total + cached for total in rest.loss[: rest.under_autocast]] for rest in rests]
+        ),
         "after_loss": Lines.through(tokens, [[rest.after_loss] for rest in rests]),
         "embedding": Lines.through(tokens, [rest.embedding for rest in rests]),
     }

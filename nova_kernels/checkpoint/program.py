@@ -23,9 +23,10 @@ GRID = 1024  # steps of the budget beyond that
 
 Plan = tuple[tuple[int, ...], tuple[Action, ...]]  # bounds and actions
 
-# Columns of a table of labels, int64 [labels, 7]; the first four are compared.
-TIME, KEPT, FLIGHT, HOST = range(4)  # FLOPs; bytes kept; of an offloaded boundary on its way back; offloaded
-START, ACTION, PREVIOUS = range(4, 7)  # of the last segment: its first layer, its action, the label in front of it
+# Columns of a table of labels, int64 [labels, 8]; the first five are compared, less is better in each.
+TIME, KEPT = range(2)  # FLOPs; bytes
+FLIGHT, HOST, COPIES = range(2, 5)  # bytes of an offloaded boundary on its way back; offloaded; minus autocast's copies
+START, ACTION, PREVIOUS = range(5, 8)  # of the last segment: its first layer, its action, the label in front of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +88,21 @@ class Program:
     def _above_everything(self) -> int:
         layers = self._chain.layers
         each = sum(2 * l.boundary + l.saved + l.forward + l.recompute + l.backward + 4 * l.weights for l in layers)
-        return each + self._chain.loss + self._chain.after_loss + self._chain.embedding + self._chain.fixed
+        return (
+            each
+            + self._chain.loss
+            + self._chain.under_autocast
+            + self._chain.after_loss
+            + self._chain.embedding
+            + self._chain.fixed
+        )
 
     def _best(self, budget: int, *, timed: bool) -> Plan | None:
         if self._chain.embedding > budget:
             return None
         num_layers = len(self._chain.layers)
         ending: list[list[np.ndarray]] = [[] for _ in range(num_layers + 1)]
-        ending[0] = [np.zeros((1, 7), np.int64)]
+        ending[0] = [np.zeros((1, 8), np.int64)]
         fronts: list[np.ndarray] = []
         for start in range(num_layers):
             labels = _undominated(ending[start], budget)
@@ -103,19 +111,22 @@ class Program:
                 for step in self._fitting(start, budget - int(labels[:, KEPT].min())):
                     ending[step.stop].append(self._extended(labels, start, step, budget, timed=timed))
         labels = _undominated(ending[-1], budget)
-        labels = labels[labels[:, KEPT] + self._chain.loss <= budget]
+        under_autocast = labels[:, COPIES] + self._chain.under_autocast
+        labels = labels[labels[:, KEPT] + np.maximum(self._chain.loss, under_autocast) <= budget]
         return self._path(labels[0], fronts) if len(labels) else None
 
     def _extended(self, labels: np.ndarray, start: int, step: _Step, budget: int, *, timed: bool) -> np.ndarray:
         """The labels behind a segment, from those in front of it that have room for it."""
-        cost, kept, flight = step.cost, labels[:, KEPT], labels[:, FLIGHT]
-        fits = kept + np.maximum(cost.forward, flight + cost.backward + self._chain.after_loss) <= budget
+        cost, kept = step.cost, labels[:, KEPT]
+        backward = labels[:, FLIGHT] + cost.backward + self._chain.after_loss
+        fits = kept + np.maximum(labels[:, COPIES] + cost.forward, backward) <= budget
         if self._limit is not None:
             fits &= labels[:, HOST] + cost.host_bytes <= self._limit
         (chosen,) = np.nonzero(fits)
         longer = labels[chosen]
         longer[:, TIME] += cost.time_flops if timed else 0
         longer[:, KEPT] += cost.kept
+        longer[:, COPIES] -= cost.copies
         if self._actions[step.action] != "keep":  # it starts no copy, and lets one that is under way go on
             longer[:, FLIGHT] = cost.in_flight
         longer[:, HOST] += cost.host_bytes if self._limit is not None else 0
@@ -127,13 +138,9 @@ class Program:
         for stop in range(start + 1, len(self._chain.layers) + 1):
             steps = self._steps_between(start, stop)
             for step in steps:
-                if max(step.cost.forward, step.cost.backward) <= room:
+                if step.cost.backward <= room:
                     yield step
-            longer = [
-                max(step.cost.forward, step.cost.backward - self._largest)
-                for step in steps
-                if self._actions[step.action] != "keep"
-            ]
+            longer = [step.cost.backward - self._largest for step in steps if self._actions[step.action] != "keep"]
             if not longer or min(longer) > room:
                 return
 
@@ -165,7 +172,7 @@ class Program:
 
 def _undominated(parts: list[np.ndarray], budget: int) -> np.ndarray:
     """The labels that may still win, in order of time and then bytes kept."""
-    labels = np.concatenate(parts) if parts else np.zeros((0, 7), np.int64)
+    labels = np.concatenate(parts) if parts else np.zeros((0, 8), np.int64)
     front = _front(labels)
     if len(front) > MAX_LABELS:
         step = max(1, budget // GRID)
@@ -178,12 +185,11 @@ def _front(labels: np.ndarray) -> np.ndarray:
     """Without the labels that another one with as much or less in flight and on the host is never worse than."""
     if len(labels) < 2:
         return labels
-    labels = labels[np.lexsort((labels[:, HOST], labels[:, FLIGHT], labels[:, KEPT], labels[:, TIME]))]
+    labels = labels[np.lexsort(labels[:, COPIES::-1].T)]
     kept, staying = labels[:, KEPT], np.zeros(len(labels), bool)
-    classes, which = np.unique(labels[:, [FLIGHT, HOST]], axis=0, return_inverse=True)
-    for index, (flight, host) in enumerate(classes):
-        better = (classes[:, 0] <= flight) & (classes[:, 1] <= host)
-        rivals = better[which.ravel()]
+    classes, which = np.unique(labels[:, FLIGHT:START], axis=0, return_inverse=True)
+    for index, one in enumerate(classes):
+        rivals = (classes <= one).all(axis=1)[which.ravel()]
         least = np.minimum.accumulate(np.where(rivals, kept, np.iinfo(np.int64).max))
         before = np.concatenate([[np.iinfo(np.int64).max], least[:-1]])
         staying |= (which.ravel() == index) & (kept < before)

@@ -7,6 +7,9 @@ Every sequence of the row attends to itself alone, through nova_kernels.attentio
 a KV cache, an attention mask (padding), positions that do not say where sequences start. Generation needs the cache
 and so the model's own attention: `with handle.suspended(): model.generate(...)`.
 
+Once per forward pass the boundaries are settled, checked and copied to the model's device. If they come on the CPU, as
+PackedBatch has them, nothing waits for the device. Models on the meta device work the same, for those who plan memory.
+
 The model's own attention keeps packed sequences apart only if no cache and no mask reach it, although use_cache is on
 by default, even in training: `check_packing` measures whether the way a model is called leaks.
 """
@@ -22,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from nova_kernels.attention import varlen_attention
+from nova_kernels.attention import count_flops
+from nova_kernels.attention.dispatch import attend, boundaries_on
 from nova_kernels.packing import PackedBatch
-from nova_kernels.varlen import check_cu_seqlens, cu_seqlens_from_lengths, cu_seqlens_from_positions, lengths_of
+from nova_kernels.varlen import cu_seqlens_from_lengths, cu_seqlens_from_positions, lengths_of
 
-IMPLEMENTATION = "nova_varlen"  # name in the AttentionInterface of transformers
+IMPLEMENTATION = "nova_varlen"  # name in the AttentionInterface and the AttentionMaskInterface of transformers
 
 
 def use_varlen_attention(model: PreTrainedModel, backend: str | None = None) -> VarlenAttentionHandle:
@@ -93,6 +97,8 @@ class VarlenAttentionHandle:
 
     def _attach(self) -> None:
         AttentionInterface.register(IMPLEMENTATION, _attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+        count_flops()
         self._model.set_attn_implementation(IMPLEMENTATION)
         if self._model.config._attn_implementation != IMPLEMENTATION:
             raise ValueError(
@@ -136,24 +142,41 @@ class _Boundaries:
             )
         tokens = kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
-        given = kwargs.get("cu_seq_lens_q")
+        rows, length = tokens.shape[:2]
+        given: Tensor | None = kwargs.get("cu_seq_lens_q")
+        if given is not None and rows != 1:
+            raise ValueError(f"{where}: cu_seq_lens_q describes one packed row [1, T], got {[rows, length]}")
         cu_seqlens = _boundaries(where, tokens, kwargs.get("position_ids")) if given is None else given
-        if given is not None:
-            _check_given(where, tokens, given, kwargs.get("cu_seq_lens_k"))
-            if kwargs.get("position_ids") is None:
-                kwargs["position_ids"] = _positions(given, tokens.device)
-        longest = max(lengths_of(cu_seqlens), default=0)
-        kwargs.update(use_cache=False, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, varlen_backend=self.backend)
+        longest = _longest(cu_seqlens, kwargs.get("max_length_q"))
+        on_device = boundaries_on(tokens.device, cu_seqlens, rows * length, longest)
+        _check_keys(where, cu_seqlens, kwargs.get("cu_seq_lens_k"))
+        if given is not None and kwargs.get("position_ids") is None:
+            kwargs["position_ids"] = _positions(on_device, length)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"].to(tokens.device)
+        if "attention_mask" in self.names:
+            kwargs["attention_mask"] = tokens.new_empty((rows, 0), dtype=torch.bool)  # for _mask
+        kwargs.update(use_cache=False, cu_seq_lens_q=on_device, cu_seq_lens_k=on_device)
         kwargs.update(max_length_q=longest, max_length_k=longest)
+        kwargs.update(varlen_boundaries=cu_seqlens, varlen_backend=self.backend)
         return (), kwargs
 
 
-def _check_given(where: str, tokens: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None) -> None:
-    if tokens.shape[0] != 1:
-        raise ValueError(f"{where}: cu_seq_lens_q describes one packed row [1, T], got {list(tokens.shape[:2])}")
-    check_cu_seqlens(cu_seqlens_q, tokens.shape[1])
-    if cu_seqlens_k is not None and cu_seqlens_k is not cu_seqlens_q and not torch.equal(cu_seqlens_q, cu_seqlens_k):
+def _check_keys(where: str, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> None:
+    """Keys have the boundaries of the queries. Compared on the CPU only: elsewhere that would wait for the device."""
+    if cu_seqlens_k is None or not cu_seqlens.device.type == cu_seqlens_k.device.type == "cpu":
+        return
+    if not torch.equal(cu_seqlens, cu_seqlens_k):
         raise ValueError(f"{where}: cu_seq_lens_q and cu_seq_lens_k differ; varlen attention is self-attention only")
+
+
+def _longest(cu_seqlens: Tensor, given: int | None) -> int:
+    """Tokens of the longest sequence; of boundaries on a device the one given, which is checked there."""
+    if cu_seqlens.device.type != "cpu" and isinstance(given, int):
+        return given
+    if cu_seqlens.is_meta:
+        raise ValueError("cu_seq_lens_q on the meta device has no values; leave it on the CPU, or pass max_length_q")
+    return max(lengths_of(cu_seqlens), default=0)
 
 
 def _boundaries(where: str, tokens: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -162,6 +185,8 @@ def _boundaries(where: str, tokens: Tensor, position_ids: Tensor | None) -> Tens
         return cu_seqlens_from_lengths([length] * rows)
     if position_ids.ndim != 2:
         raise ValueError(f"{where}: position_ids {list(position_ids.shape)} do not tell boundaries; pass cu_seq_lens_q")
+    if position_ids.is_meta:
+        raise ValueError(f"{where}: position_ids on the meta device have no values; pass cu_seq_lens_q, on the CPU")
     position_ids = position_ids.expand(rows, length)
     if length and bool((position_ids[:, 0] != 0).any()):
         raise ValueError(
@@ -171,11 +196,46 @@ def _boundaries(where: str, tokens: Tensor, position_ids: Tensor | None) -> Tens
     return cu_seqlens_from_positions(position_ids.flatten())
 
 
-def _positions(cu_seqlens: Tensor, device: torch.device) -> Tensor:
-    """[1, T], counting from 0 within each sequence."""
-    lengths = torch.tensor(lengths_of(cu_seqlens))
-    starts = cu_seqlens[:-1].cpu().long().repeat_interleave(lengths)
-    return (torch.arange(starts.numel()) - starts)[None].to(device)
+def _positions(cu_seqlens: Tensor, length: int) -> Tensor:
+    """[1, T], counting from 0 within each sequence, on the device of the boundaries."""
+    tokens = torch.arange(length, device=cu_seqlens.device)
+    starts = cu_seqlens[torch.searchsorted(cu_seqlens, tokens, right=True) - 1]
+    return (tokens - starts)[None]
+
+
+def _mask(
+    *_args: Any,
+    config: Any = None,
+    attention_mask: Tensor | None = None,
+    q_length: int | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool | None = None,
+    use_vmap: bool = False,
+    **_: Any,
+) -> None:
+    """The AttentionMaskInterface: no mask is built, as the boundaries say everything; what they cannot say is refused.
+
+    The forward hook hands models an empty mask [B, 0] instead of none. With none, transformers would look for
+    sequences in position_ids and wait for the device; with it, a mask that a model adds on its own shows here.
+    """
+    name = getattr(config, "model_type", "this model")
+    if attention_mask is not None and attention_mask.shape[-1]:
+        raise ValueError(
+            f"{name}: varlen attention takes no attention_mask, got one of {list(attention_mask.shape)}; lay the "
+            "sequences side by side with pack_samples, or use the model inside `with handle.suspended():`"
+        )
+    plain = allow_is_causal_skip if allow_is_bidirectional_skip is None else allow_is_bidirectional_skip
+    if use_vmap or (attention_mask is not None and not plain):
+        raise ValueError(
+            f"{name}: varlen attention cannot express the mask that this model adds; use its own attention"
+        )
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and local_size == chunk and (q_length is None or q_length > chunk):
+        raise ValueError(
+            f"{name}: varlen attention has no chunks (attention_chunk_size={chunk}); use rows of at most {chunk} "
+            "tokens, or the model's own attention"
+        )
 
 
 def _attention(
@@ -193,6 +253,7 @@ def _attention(
     s_aux: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
+    varlen_boundaries: Tensor | None = None,
     varlen_backend: str | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -204,15 +265,19 @@ def _attention(
         raise ValueError(f"{where}: varlen attention has no dropout, got {dropout}; set attention_dropout to 0")
     if s_aux is not None:
         raise ValueError(f"{where}: varlen attention has no attention sinks; use the model's own attention")
-    if cu_seq_lens_q is None:
-        raise ValueError(f"{where}: no cu_seq_lens_q arrived; this model does not hand its arguments to its layers")
+    if cu_seq_lens_q is None or varlen_boundaries is None:
+        raise ValueError(
+            f"{where}: no boundaries arrived; call the whole model (its forward hook settles them), or "
+            "use the model's own attention if it does not hand its arguments to its layers"
+        )
     rows, _heads, length, _width = query.shape
     q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3]) for x in (query, key, value))
-    out = varlen_attention(
+    out = attend(
         q,
         k,
         v,
-        cu_seqlens=cu_seq_lens_q,
+        cu_seqlens=varlen_boundaries,
+        on_device=cu_seq_lens_q,
         max_seqlen=max_length_q,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         window=sliding_window,

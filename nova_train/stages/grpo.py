@@ -37,6 +37,7 @@ from nova_train.evaluate import mean_rewards
 from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch
 from nova_train.loader import PackedLoader, ShuffledLoader
 from nova_train.losses import clipped_policy_loss, predicted_tokens
+from nova_train.memory import attach_segments
 from nova_train.model import (
     check_head,
     end_generation_at,
@@ -133,6 +134,20 @@ class GRPOConfig(TrainConfig):
         if self.kl_placement == "reward":
             log.warning("kl_placement: reward drops the KL's own gradient (docs/equations.md); split is exact")
 
+    def row_tokens(self) -> int:
+        """All answers to the prompts of a micro-batch lie in one row, each behind its prompt; PTX packs in another."""
+        longest = self.max_length + self.max_completion_length
+        ptx = self.ptx_batch_size * self.max_length if self.ptx_kl_weight > 0 else 0
+        return max(self.per_device_train_batch_size * self.num_generations * longest, ptx)
+
+    def needs_reference(self) -> bool:
+        """Whether the reference model is loaded: for the KL of rollouts, or of supervised data without a cache."""
+        return self.beta > 0 or self.ptx_reference_cache is None
+
+    def frozen_models(self) -> list[tuple[str, bool]]:
+        reference = [(str(self.model_name_or_path), False)] if self.needs_reference() else []
+        return reference + ([] if self.reward_model is None else [(self.reward_model, True)])
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
@@ -221,6 +236,7 @@ def run(config: GRPOConfig) -> Path:
     policy = load_causal_lm(start.model_path(source), config)
     check_head(policy)
     end_generation_at(policy, chat.end_of_turn_id)
+    plan = attach_segments(policy, config)
     judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat)
     loader = ShuffledLoader(
         _prompts(config.dataset_name, config, chat),
@@ -234,7 +250,7 @@ def run(config: GRPOConfig) -> Path:
     experience = Experience(
         loader,
         ptx,
-        load_causal_lm(source, config, frozen=True) if needs_reference(config) else None,
+        load_causal_lm(source, config, frozen=True) if config.needs_reference() else None,
         lambda some, places: _answers(policy, chat, config, some, places, config.temperature),
         judge.score,
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
@@ -253,6 +269,7 @@ def run(config: GRPOConfig) -> Path:
             config=config,
             start=start,
             model=policy,
+            plan=plan,
             objective=PolicyObjective(policy, config, {"policy": 1.0, "kl": config.beta, "ptx": config.ptx_kl_weight}),
             source=experience,
             save_extra=chat.tokenizer.save_pretrained,
@@ -260,11 +277,6 @@ def run(config: GRPOConfig) -> Path:
         )
     )
     return Path(config.output_dir)
-
-
-def needs_reference(config: GRPOConfig) -> bool:
-    """Whether the reference model is loaded: for the KL of rollouts, or of supervised data without a cache."""
-    return config.beta > 0 or config.ptx_reference_cache is None
 
 
 def _answers(

@@ -2,7 +2,12 @@
 
     nova-train inspect-data --model_name_or_path M --dataset_name train.jsonl --max_length 4096
 
-Nothing is trained and nothing is refused for its length: rows longer than `max_length` are counted.
+Nothing is trained and nothing is refused for its length: rows longer than `max_length` are counted. `--check_packing`
+also loads the model and measures whether samples in one row see each other:
+
+    largest |logit of the packed row - logit of the sample alone|  <=  1e-4 of the largest |logit|      apart, else LEAK
+
+Rounding in float32 stays far below that bound, and what a sample takes from its neighbours lies far above.
 """
 
 from __future__ import annotations
@@ -17,20 +22,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nova_kernels.packing import plan_packs
+from nova_kernels.integrations.transformers import check_packing
+from nova_kernels.packing import PackedBatch, pack_samples, plan_packs
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, fingerprint, identity
 from nova_train.datasets import Row, read_rows
-from nova_train.model import load_tokenizer
+from nova_train.model import load_causal_lm, load_tokenizer, own_attention
 from nova_train.samples import IGNORE_INDEX, preference_pairs, prompts, sft_samples
 from nova_train.state import claim_folder, mark_finished
 
 STATISTICS_FILE = "statistics.json"
 PERCENTILES = (5, 25, 50, 75, 95, 99)
+PACKED_SAMPLES = 4  # at most, in the row that check_packing looks at
+TOLERANCE = 1e-4  # of the largest logit
 
 # Neighbouring tokens alternate between two shades, so that their borders show.
 _TRAINED = ("black on green", "black on bright_green")
@@ -41,7 +50,7 @@ _CONTEXT = ("dim", "dim underline")
 class InspectDataConfig:
     """Keys of `nova-train inspect-data`."""
 
-    model_name_or_path: str  # for its tokenizer
+    model_name_or_path: str  # for its tokenizer, and for check_packing its weights
     dataset_name: list[str]
     dataset_columns: dict[str, str] = field(default_factory=dict)  # our name -> their column, or text with {column}
     kind: Literal["sft", "preference", "prompt"] = "sft"  # what the rows are for
@@ -49,6 +58,8 @@ class InspectDataConfig:
     max_length: int = 4096  # tokens per sample, and per pack
     rows_shown: int = 3
     tokens_shown: int = 400  # per row
+    check_packing: bool = False  # load the model and measure whether samples in one row see each other
+    attention_backend: str | None = None  # of check_packing; None: the fastest that can run
     output_dir: str | None = None  # also gets statistics.json
 
     def __post_init__(self) -> None:
@@ -161,6 +172,7 @@ class Inspection:
     statistics: dict[str, TokenStatistics]  # by name: samples, or chosen and rejected, or prompts
     notes: list[str]
     examples: list[tuple[str, np.ndarray, np.ndarray]]  # title, ids int64 [T], mask bool [T]
+    sequences: list[np.ndarray]  # ids int64 [T] of everything that a model would read, in order
 
     def print(self, console: Console, chat: Chat, tokens_shown: int) -> None:
         """Tables, notes, then the examples."""
@@ -184,10 +196,16 @@ def run(config: InspectDataConfig, *, console: Console | None = None) -> Path:
     found = inspect_rows(rows, chat, config)
     console.print(_counts_table(rows))
     found.print(console, chat, config.tokens_shown)
+    checked = measure_packing(found.sequences, config) if config.check_packing else None
+    if checked is not None:
+        console.print(checked.text(), markup=False, highlight=False, soft_wrap=True)
+        checked.raise_if_leaking(config.model_name_or_path)
     if folder is None:
         return Path(config.dataset_name[0])
     facts: dict[str, Any] = {name: asdict(statistics) for name, statistics in found.statistics.items()}
     facts["rows"] = {"count": len(rows), **{key: Counter(row[key] for row in rows) for key in ("source", "category")}}
+    if checked is not None:
+        facts["check_packing"] = asdict(checked)
     (folder / STATISTICS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     mark_finished(folder, fingerprint(identity(config)))
     return folder
@@ -215,6 +233,7 @@ def _inspect_sft(rows: Sequence[Row], chat: Chat, config: InspectDataConfig) -> 
         statistics={"samples": sample_statistics(samples, max_length=config.max_length)},
         notes=[f"masks: {chat.route}"],
         examples=[(f"sample {i}", s["input_ids"], s["labels"] != IGNORE_INDEX) for i, s in enumerate(shown)],
+        sequences=[sample["input_ids"] for sample in samples],
     )
 
 
@@ -234,7 +253,8 @@ def _inspect_preference(rows: Sequence[Row], chat: Chat, config: InspectDataConf
         answer = np.arange(pair.chosen.size) >= pair.prompt_length
         examples.append((f"pair {number}, chosen", pair.chosen, answer))
         examples.append((f"pair {number}, rejected", pair.rejected, np.zeros(pair.rejected.size, dtype=np.bool_)))
-    return Inspection(statistics=statistics, notes=notes, examples=examples)
+    sequences = [side for pair in pairs for side in (pair.chosen, pair.rejected)]
+    return Inspection(statistics=statistics, notes=notes, examples=examples, sequences=sequences)
 
 
 def _inspect_prompts(rows: Sequence[Row], chat: Chat, config: InspectDataConfig) -> Inspection:
@@ -242,12 +262,101 @@ def _inspect_prompts(rows: Sequence[Row], chat: Chat, config: InspectDataConfig)
     lengths = [len(prompt.ids) for prompt in asked]
     different = len({prompt.key for prompt in asked})
     columns = sorted({name for prompt in asked for name in prompt.columns})
-    shown = [np.array(prompt.ids, dtype=np.int64) for prompt in asked[: config.rows_shown]]
+    sequences = [np.array(prompt.ids, dtype=np.int64) for prompt in asked]
+    shown = sequences[: config.rows_shown]
     return Inspection(
         statistics={"prompts": token_statistics(lengths, max_length=config.max_length, packing=False)},
         notes=[f"different prompts: {different:,}", f"columns for reward functions: {', '.join(columns)}"],
         examples=[(f"prompt {i}", ids, np.zeros(ids.size, dtype=np.bool_)) for i, ids in enumerate(shown)],
+        sequences=sequences,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackingCheck:
+    """How far the logits of a packed row are from those of its samples alone."""
+
+    samples: int
+    tokens: int  # of the packed row
+    largest_logit: float
+    trainer: float  # largest difference, with varlen attention, as the trainer calls the model
+    own_attention: float  # the same with the model's own attention, called with position_ids and its default use_cache
+
+    def verdict(self, difference: float) -> Literal["apart", "LEAK"]:
+        """A difference that is not a number is a leak, too."""
+        return "apart" if difference <= TOLERANCE * self.largest_logit else "LEAK"
+
+    def text(self) -> str:
+        """The measurements, one way of calling the model per line."""
+        lines = {"the trainer, varlen attention": self.trainer, "its own attention, use_cache": self.own_attention}
+        return "\n".join(
+            [
+                f"packing: {self.samples} samples, {self.tokens:,} tokens in one row; logits up to "
+                f"{self.largest_logit:.3g}; apart: within {TOLERANCE * self.largest_logit:.1e} of each sample alone",
+                *(f"  {name:<30} {value:8.1e}   {self.verdict(value)}" for name, value in lines.items()),
+            ]
+        )
+
+    def raise_if_leaking(self, model: str) -> None:
+        """Refuse a model that the trainer would train on samples that see each other.
+
+        Raises:
+            ConfigError: the difference, and the way out.
+        """
+        if self.verdict(self.trainer) == "LEAK":
+            raise ConfigError(
+                f"model {model}: packed samples see each other (logits differ by {self.trainer:.2g}); do not train it "
+                "on packed rows: choose another attention_backend, or packing: false with batches of one"
+            )
+
+
+def measure_packing(sequences: Sequence[np.ndarray], config: InspectDataConfig) -> PackingCheck:
+    """Load the model in float32, pack the first sequences that fit into one row, and compare.
+
+    Raises:
+        ConfigError: no weights to load, or no two sequences that fit into `max_length` together.
+    """
+    batch = _first_pack(sequences, config.max_length)
+    try:
+        model = load_causal_lm(config.model_name_or_path, _Float32(config.attention_backend), frozen=True)
+    except ValueError as error:
+        raise ConfigError(f"check_packing needs a causal LM with its weights: {error}") from error
+    batch = batch.to(model.device)
+    with torch.no_grad():
+        logits = model(input_ids=batch.input_ids, **batch.attention_kwargs()).logits
+    trainer = check_packing(model, batch)
+    with own_attention(model):
+        naive = check_packing(model, batch, {"position_ids": batch.position_ids})
+    return PackingCheck(
+        samples=batch.num_samples,
+        tokens=batch.num_tokens,
+        largest_logit=float(logits.abs().max()),
+        trainer=trainer,
+        own_attention=naive,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Float32:
+    """The arithmetic in which a leak is told from rounding."""
+
+    attention_backend: str | None
+    dtype: str = "float32"
+    bf16: bool = False
+    device: str = "auto"
+
+
+def _first_pack(sequences: Sequence[np.ndarray], max_length: int) -> PackedBatch:
+    """The first sequences that fit into `max_length` tokens side by side."""
+    chosen: list[np.ndarray] = []
+    for ids in sequences:
+        if len(chosen) < PACKED_SAMPLES and sum(map(len, chosen)) + len(ids) <= max_length:
+            chosen.append(ids)
+    if len(chosen) < 2:
+        raise ConfigError(
+            f"check_packing: no two of {len(sequences)} samples fit into max_length {max_length} together; raise it"
+        )
+    return pack_samples([{"input_ids": ids} for ids in chosen])
 
 
 def _rows(config: InspectDataConfig) -> list[Row]:

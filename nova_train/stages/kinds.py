@@ -43,6 +43,9 @@ STAGES = {
 # Commands have no folder of their own.
 COMMANDS = {
     "augment": Kind("nova_train.stages.augment", "AugmentConfig", "put a trained PAS model in front of prompts"),
+    "plan-memory": Kind(
+        "nova_train.stages.plan_memory", "PlanMemoryConfig", "memory and number of GPUs of checkpointing plans"
+    ),
 }
 
 

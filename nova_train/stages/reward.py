@@ -29,6 +29,7 @@ from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import read_rows
 from nova_train.loader import ShuffledLoader
 from nova_train.losses import bradley_terry, next_token_targets, score_error
+from nova_train.memory import attach_segments
 from nova_train.model import (
     Head,
     check_head,
@@ -60,6 +61,13 @@ class RewardConfig(TrainConfig):
         for key in ("score_loss_weight", "lm_loss_weight"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key} must be at least 0, got {getattr(self, key)}")
+
+    def row_tokens(self) -> int:
+        """Chosen and rejected sequences lie in one row."""
+        return 2 * self.per_device_train_batch_size * self.max_length
+
+    def has_logits(self) -> bool:
+        return self.lm_loss_weight > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +181,7 @@ def run(config: RewardConfig) -> Path:
     held_out = _read_pairs(config.eval_dataset_name, chat, config) if config.eval_dataset_name else []
     model = load_reward_model(start.model_path(source), config)
     give_own_pad_token(model, tokenizer, chat.end_of_turn_id)
+    plan = attach_segments(model, config)
 
     def save_extra(folder: Path) -> None:
         tokenizer.save_pretrained(folder)
@@ -189,6 +198,7 @@ def run(config: RewardConfig) -> Path:
             config=config,
             start=start,
             model=model,
+            plan=plan,
             objective=objective,
             source=ShuffledLoader(
                 pairs,

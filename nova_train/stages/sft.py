@@ -23,6 +23,7 @@ from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import Row, read_rows
 from nova_train.loader import PackedLoader
 from nova_train.losses import predicted_tokens
+from nova_train.memory import attach_segments
 from nova_train.model import check_head, end_generation_at, hidden_states, lm_head, load_causal_lm, load_tokenizer
 from nova_train.samples import sft_samples
 
@@ -90,6 +91,7 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
     model = load_causal_lm(start.model_path(str(config.model_name_or_path)), config)
     check_head(model)
     end_generation_at(model, chat.end_of_turn_id)
+    plan = attach_segments(model, config)
     objective = NextToken(model, {"sft": 1.0})
     held_out = samples_of(config.eval_dataset_name) if config.eval_dataset_name else []
     loop.train(
@@ -97,6 +99,7 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
             config=config,
             start=start,
             model=model,
+            plan=plan,
             objective=objective,
             source=loader,
             save_extra=tokenizer.save_pretrained,

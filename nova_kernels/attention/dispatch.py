@@ -1,0 +1,120 @@
+"""From a call to the backend that serves it: what is checked, and what is chosen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nova_kernels.attention import flash, ops, torch_varlen
+from nova_kernels.backend import choose
+from nova_kernels.varlen import check_cu_seqlens
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    causal: bool,
+    window: int | None,
+    softmax_scale: float | None,
+    softcap: float | None,
+    backend: str | None,
+    on_device: Tensor | None = None,
+) -> Tensor:
+    """nova_kernels.attention.varlen_attention, which says what the arguments are.
+
+    `on_device` is a copy of cu_seqlens on the device of q whose values were checked, for callers that attend many times
+    within the same boundaries; None checks and copies here.
+    """
+    _check(q, k, v, max_seqlen, window, softcap)
+    q, k, v = _autocast(q, k, v)
+    window = None if window is None or window >= max_seqlen else window
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    name = choose(
+        "varlen_attention",
+        backend,
+        {
+            "flash": flash.why_not(q, v),
+            "torch_varlen": torch_varlen.why_not(q, v, window=window, softmax_scale=scale, softcap=softcap),
+            "reference": None,
+        },
+    )
+    if name == "reference":
+        if on_device is None and q.device.type == "meta":  # elsewhere the operator checks
+            boundaries_on(q.device, cu_seqlens, q.shape[0], max_seqlen)
+        return ops.varlen_attention(q, k, v, cu_seqlens, max_seqlen, causal, window, scale, softcap)
+    bounds = on_device
+    if bounds is None or (bounds.device != q.device and q.device.type != "meta"):
+        bounds = boundaries_on(q.device, cu_seqlens, q.shape[0], max_seqlen)
+    if name == "flash":
+        return flash.varlen_attention(
+            q, k, v, bounds, max_seqlen, causal=causal, window=window, softmax_scale=scale, softcap=softcap
+        )
+    return torch_varlen.varlen_attention(q, k, v, bounds, max_seqlen, causal=causal, window=window, softmax_scale=scale)
+
+
+def boundaries_on(device: torch.device, cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> Tensor:
+    """The boundaries where a kernel reads them, checked; nothing waits for the device.
+
+    Values on the CPU are checked there, unless a compiler is tracing, which has none. The meta device has no values at
+    all: its boundaries stay on the CPU.
+    """
+    copy = cu_seqlens if device.type == "meta" else cu_seqlens.to(device, non_blocking=True).contiguous()
+    if not torch.compiler.is_compiling():
+        check_cu_seqlens(cu_seqlens, num_tokens, max_seqlen)
+    elif copy.device.type != "cpu":
+        check_cu_seqlens(copy, num_tokens, max_seqlen)
+    return copy
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast, in its dtype, as PyTorch's own attention does."""
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, window: int | None, softcap: float | None) -> None:
+    if not q.ndim == k.ndim == v.ndim == 3:
+        raise ValueError(
+            "varlen_attention: expected q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    tokens, heads, width = q.shape
+    if k.shape[0] != tokens or k.shape[2] != width or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"varlen_attention: q {list(q.shape)} needs k [{tokens}, Hkv, {width}] and v [{tokens}, Hkv, Dv], "
+            f"got {list(k.shape)} and {list(v.shape)}"
+        )
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(
+            f"varlen_attention: Hq must be a multiple of Hkv, got Hq = {heads}, Hkv = {k.shape[1]}; "
+            "lay out the heads as q [T, Hq, D] and k, v [T, Hkv, D]"
+        )
+    if width == 0 or v.shape[2] == 0:
+        raise ValueError(f"varlen_attention: heads need a width, got D = {width}, Dv = {v.shape[2]}")
+    _check_dtypes(q, k, v)
+    if not isinstance(max_seqlen, int):
+        raise TypeError(
+            f"varlen_attention: max_seqlen must be an int, got {type(max_seqlen).__name__}; compute it on the CPU, "
+            "with the boundaries"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"varlen_attention: window must be at least 1 token, got {window}; None = no window")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"varlen_attention: softcap must be positive, got {softcap}; None = no cap")
+
+
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.device == k.device == v.device:
+        raise ValueError(f"varlen_attention: q, k, v are on {q.device}, {k.device}, {v.device}; move them to one")
+    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
+    if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or autocast):
+        raise ValueError(
+            f"varlen_attention: q, k, v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
