@@ -183,9 +183,10 @@ def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
 
 
 def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int]:
+    seed = _seed(needs_gradient)
     with StorageTracker() as tracker:
         with record.surroundings.again(), saved_tensors_hooks(lambda _: None, _unwanted):
-            hidden = _fresh(record.hidden, needs_gradient)
+            hidden = _fresh(record.hidden, seed)
             before = tracker.current
             tracker.reset_peak()
             output = record.call.run(hidden)
@@ -196,9 +197,10 @@ def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], i
 
 
 def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tuple[int, bool, list[int], list[int]]:
+    seed = _seed(needs_gradient)
     with StorageTracker() as tracker:
         with record.surroundings.again():
-            hidden = _fresh(record.hidden, needs_gradient)
+            hidden = _fresh(record.hidden, seed)
             alive = weakref.ref(hidden.untyped_storage())
             before = tracker.current
             tracker.reset_peak()
@@ -225,7 +227,7 @@ def _count_flops(record: Record, needs_gradient: bool) -> tuple[int, int]:
         at_last_saved = counter.get_total_flops()
 
     with counter, record.surroundings.again(), saved_tensors_hooks(note, _unwanted):
-        record.call.run(_fresh(record.hidden, needs_gradient))
+        record.call.run(_fresh(record.hidden, _seed(needs_gradient)))
     total = counter.get_total_flops()
     return total, total - at_last_saved
 
@@ -245,11 +247,16 @@ def _unwanted(_: None) -> Tensor:
     raise RuntimeError("profile_layers: a backward through a pass that keeps nothing")
 
 
-def _fresh(hidden: Tensor, needs_gradient: bool) -> Tensor:
-    """A copy that nothing but the caller and autograd holds, with a gradient that goes nowhere if it needs one."""
-    if not needs_gradient:
+def _seed(needs_gradient: bool) -> Tensor | None:
+    """What a graph begins with if the hidden states need a gradient."""
+    return torch.zeros((), requires_grad=True) if needs_gradient else None
+
+
+def _fresh(hidden: Tensor, seed: Tensor | None) -> Tensor:
+    """A copy that nothing but the caller and autograd holds, with a gradient that goes nowhere if there is a seed."""
+    if seed is None:
         return hidden.clone()
-    copy: Tensor = _Source.apply(torch.zeros((), requires_grad=True), hidden)
+    copy: Tensor = _Source.apply(seed, hidden)
     return copy
 
 

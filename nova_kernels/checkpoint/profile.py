@@ -26,7 +26,7 @@ from nova_kernels.checkpoint.affine import Lines, NotAffineError
 from nova_kernels.checkpoint.cost import Chain, LayerCost
 from nova_kernels.checkpoint.measure import LayerRun, RestRun, alike, measure_layer, measure_rest, record_calls
 from nova_kernels.checkpoint.samples import Sample, sample_shape, shortened
-from nova_kernels.checkpoint.stack import hidden_of, layers_of
+from nova_kernels.checkpoint.stack import has_segments, hidden_of, layers_of
 
 LEAST_TOKENS = 8  # of a sample: a quarter of it must be a sequence
 
@@ -141,7 +141,7 @@ def profile_layers(
     if length < LEAST_TOKENS:
         raise ValueError(f"profile_layers: the sample must have at least {LEAST_TOKENS} tokens per row, got {length}")
     for index, layer in enumerate(stack):
-        if "Checkpoint" in type(vars(layer).get("forward")).__name__:
+        if has_segments(layer):
             raise ValueError(f"profile_layers: layer {index} has segments already; restore them first")
     lengths = [length // 4, length // 2, length]
     layer_runs: list[list[LayerRun]] = []

@@ -14,7 +14,7 @@ from nova_kernels.checkpoint.cost import Action
 from nova_kernels.checkpoint.frames import Segment
 from nova_kernels.checkpoint.offload import Offloader
 from nova_kernels.checkpoint.plan import SegmentPlan
-from nova_kernels.checkpoint.stack import hidden_of, layers_of
+from nova_kernels.checkpoint.stack import has_segments, hidden_of, layers_of
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # names under which layers take a KV cache
 
@@ -70,7 +70,7 @@ def checkpoint_segments(
     """
     stack = layers_of(layers)
     for index, layer in enumerate(stack):
-        if isinstance(vars(layer).get("forward"), _LayerForward):
+        if has_segments(layer):
             raise ValueError(f"checkpoint_segments: layer {index} has segments already; restore them first")
         if getattr(layer, "gradient_checkpointing", False):
             raise ValueError(

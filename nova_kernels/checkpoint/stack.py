@@ -29,6 +29,11 @@ def layers_of(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
     return list(next(iter(found.values())))
 
 
+def has_segments(layer: nn.Module) -> bool:
+    """Whether checkpoint_segments has taken the place of the layer's forward."""
+    return hasattr(vars(layer).get("forward"), "segment")
+
+
 def hidden_of(output: Any) -> Any:
     """A layer's hidden states: its output, or the first entry of a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
