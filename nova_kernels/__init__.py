@@ -5,7 +5,7 @@ Adapters to other libraries are under nova_kernels.integrations, which alone imp
 
 from nova_kernels.attention import varlen_attention
 from nova_kernels.backend import BackendUnavailableError
-from nova_kernels.checkpoint import checkpoint_segments, uniform_segments
+from nova_kernels.checkpoint import SegmentPlan, checkpoint_segments, plan_segments, profile_layers, uniform_segments
 from nova_kernels.logprob import LogprobTerms, linear_cross_entropy, linear_logprobs
 from nova_kernels.merging import MergeReport, linear, merge_state, model_stock, task_arithmetic
 from nova_kernels.modules import LinearCrossEntropyLoss, LinearTopKKLDivLoss, TopKKLDivLoss
@@ -40,6 +40,7 @@ __all__ = [
     "PackPlan",
     "PackSampler",
     "PackedBatch",
+    "SegmentPlan",
     "StreamingPacker",
     "TopK",
     "TopKKLDivLoss",
@@ -55,6 +56,8 @@ __all__ = [
     "model_stock",
     "pack_samples",
     "plan_packs",
+    "plan_segments",
+    "profile_layers",
     "task_arithmetic",
     "topk_kl_div",
     "topk_kl_div_from_logits",
