@@ -28,9 +28,14 @@ class Surroundings:
             yield
 
 
-def has_dropout(layers: list[nn.Module]) -> bool:
+def being_compiled() -> bool:
+    """Whether torch.compile traces this, or runs it eagerly because it could not trace it."""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def has_dropout(layer: nn.Module) -> bool:
     """Whether a dropout is on: a dropout module with p > 0, or a module's own rate (attention_dropout = 0.1)."""
-    return any(_drops(module) for layer in layers for module in layer.modules() if module.training)
+    return any(_drops(module) for module in layer.modules() if module.training)
 
 
 def _drops(module: nn.Module) -> bool:
@@ -54,7 +59,7 @@ def _generator_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _generators_set_to(states: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
-    """The random generators as they were when the segment began; afterwards as they are now."""
+    """The random generators as they were when the call began; afterwards as they are now."""
     if states is None:
         yield
         return

@@ -16,7 +16,7 @@ from nova_kernels.checkpoint.context import Surroundings, has_dropout
 from nova_kernels.checkpoint.cost import Action
 from nova_kernels.checkpoint.offload import Offloader, Stored
 from nova_kernels.checkpoint.recompute import Boundary, Call, Frame, Held, Nest, Rerun
-from nova_kernels.checkpoint.stack import hidden_states
+from nova_kernels.checkpoint.stack import Output, hidden_states
 
 
 class Segment:
@@ -33,7 +33,7 @@ class Segment:
     ) -> None:
         self.layers = layers
         self.rerun = Rerun(reshard=reshard)
-        self.last_hidden: Any = None  # what the last call returned; the next call continues it, or a frame begins
+        self._last: Output | None = None  # of the last call; the next call takes it, or a frame begins
         self._action = action
         self._offloader = offloader
         self._previous = previous  # the segment in front, if it is computed again, too
@@ -43,32 +43,34 @@ class Segment:
 
     def begin_or_continue(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Frame, Call]:
         """The frame this call belongs to, and the call without its hidden states."""
-        last = self.last_hidden
         inputs = (*args, *kwargs.values())
-        if self._frame is not None and any(value is last for value in inputs):
-            call = Call.without(layer, args, kwargs, last)
+        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        surroundings = Surroundings(device, random=has_dropout(layer))
+        hidden = None if self._last is None else self._last.among(inputs)
+        if self._frame is not None and hidden is not None:
+            call = Call.without(layer, args, kwargs, hidden, surroundings)
             if self._action == "nested":
+                self._require_tensor(layer, hidden)
                 self._frame = self._nested_frame(call, self._frame)
             return self._frame, call
         hidden = hidden_states(args, kwargs)
-        if hidden is None and self._action in ("nested", "offload"):
-            raise ValueError(
-                f"checkpoint_segments: the input of {type(layer).__name__} is no tensor of its own, so it cannot be "
-                f'{"offloaded" if self._action == "offload" else "computed again"}; use the action "segment"'
-            )
-        device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
+        if self._action in ("nested", "offload"):
+            self._require_tensor(layer, hidden)
         ahead = None if self._previous is None or self._previous._stored is None else self._previous._stored()
         boundary = None if hidden is None else self._boundary(hidden)
         self._nest = None
-        self._frame = Frame(self.rerun, self._surroundings(device), boundary, ahead)
-        call = Call(layer, args, kwargs) if hidden is None else Call.without(layer, args, kwargs, hidden)
-        return self._frame, call
+        self._frame = Frame(self.rerun, boundary, ahead)
+        return self._frame, Call.without(layer, args, kwargs, hidden, surroundings)
+
+    def continue_from(self, hidden: Any) -> None:
+        """These hidden states are what the last call returned."""
+        self._last = Output(hidden)
 
     def close(self) -> None:
         """The next call begins a new frame; a copy of the boundary has had the time of the segment."""
         if self._action == "offload":
             self._offloader.settle()
-        self._frame = self._nest = self.last_hidden = None
+        self._frame = self._nest = self._last = None
 
     def _boundary(self, hidden: Tensor) -> Boundary:
         if self._action != "offload":
@@ -80,8 +82,11 @@ class Segment:
     def _nested_frame(self, call: Call, before: Frame) -> Frame:
         if self._nest is None:
             self._nest = Nest(before, self.rerun)
-        device = before.surroundings.device
-        return Frame(self.rerun, self._surroundings(device), self._nest.add(call), None)
+        return Frame(self.rerun, self._nest.add(call), None)
 
-    def _surroundings(self, device: torch.device) -> Surroundings:
-        return Surroundings(device, random=has_dropout(self.layers))
+    def _require_tensor(self, layer: nn.Module, hidden: Any) -> None:
+        if not isinstance(hidden, Tensor):
+            raise ValueError(
+                f"checkpoint_segments: the input of {type(layer).__name__} is no tensor of its own, so it cannot be "
+                f'{"offloaded" if self._action == "offload" else "computed again"}; use the action "segment"'
+            )

@@ -16,17 +16,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 
 from nova_kernels.checkpoint.context import Surroundings
 from nova_kernels.checkpoint.offload import Stored
-from nova_kernels.checkpoint.stack import hidden_of
+from nova_kernels.checkpoint.stack import hidden_of, without_graph
 
 
 class Previous:
@@ -40,22 +41,36 @@ class Call:
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    surroundings: Surroundings | None = None  # None: those of whoever runs it
 
     def run(self, hidden: Any) -> Any:
         """The layer's hidden states for this input."""
         args = tuple(hidden if isinstance(value, Previous) else value for value in self.args)
         kwargs = {name: hidden if isinstance(value, Previous) else value for name, value in self.kwargs.items()}
-        return hidden_of(self.layer(*args, **kwargs))
+        with nullcontext() if self.surroundings is None else self.surroundings.again():
+            return hidden_of(self.layer(*args, **kwargs))
 
     @classmethod
-    def without(cls, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Any) -> Call:
-        """The call with Previous() wherever `hidden` stands."""
-        link = Previous()
-        return cls(
-            layer,
-            tuple(link if value is hidden else value for value in args),
-            {name: link if value is hidden else value for name, value in kwargs.items()},
-        )
+    def without(
+        cls,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        hidden: Any,
+        surroundings: Surroundings | None = None,
+    ) -> Call:
+        """The call with Previous() wherever `hidden` stands; a hidden of None stands nowhere.
+
+        Other tensors are kept without their graphs: one may come from an earlier layer, whose graph holds this call.
+        """
+
+        def recorded(value: Any) -> Any:
+            if hidden is not None and value is hidden:
+                return Previous()
+            return tree_map_only(Tensor, without_graph, value)
+
+        named = {name: recorded(value) for name, value in kwargs.items()}
+        return cls(layer, tuple(map(recorded, args)), named, surroundings)
 
 
 class Boundary(Protocol):
@@ -84,7 +99,7 @@ class Nest:
     """The layers of a nested segment in one forward pass, and the one input of theirs that is kept."""
 
     def __init__(self, frame: Frame, rerun: Rerun) -> None:
-        self._frame = frame  # of the first layer: the boundary, and what surrounded it
+        self._frame = frame  # of the first layer: it has the boundary
         self._rerun = rerun
         self._calls: list[Call] = list(frame.calls)
         self._inputs: list[weakref.ref[Inner]] = []  # of the second layer, the third, ...
@@ -102,10 +117,9 @@ class Nest:
         while waiting and waiting[-1] is None:
             waiting.pop()
         hidden = self._frame.first_input()
-        with self._frame.surroundings.again(), self._rerun, saved_tensors_hooks(lambda _: None, _refuse):
+        with self._rerun, saved_tensors_hooks(lambda _: None, _refuse):
             for call, inner in zip(self._calls, waiting, strict=False):
-                output = call.run(hidden)
-                hidden = output.detach().requires_grad_(output.requires_grad)
+                hidden = without_graph(call.run(hidden))
                 self._rerun.done_with(call.layer)
                 if inner is not None:
                     inner.hidden = hidden
@@ -147,11 +161,8 @@ class Rerun:
 class Frame:
     """One segment of one forward pass, or one layer of a nested one."""
 
-    def __init__(
-        self, rerun: Rerun, surroundings: Surroundings, boundary: Boundary | None, ahead: Stored | None
-    ) -> None:
+    def __init__(self, rerun: Rerun, boundary: Boundary | None, ahead: Stored | None) -> None:
         self.calls: list[Call] = []
-        self.surroundings = surroundings
         self._boundary = boundary
         self._ahead = None if ahead is None else weakref.ref(ahead)  # the boundary that backward needs next
         self._rerun = rerun
@@ -196,13 +207,11 @@ class Frame:
         hidden = self.first_input()
         with ExitStack() as stack:
             stack.enter_context(suppress(_Complete))
-            stack.enter_context(self.surroundings.again())
             stack.enter_context(self._rerun)
             stack.enter_context(saved_tensors_hooks(collect, _refuse))
             for call in self.calls:
                 hidden = call.run(hidden)
-                if call is not self.calls[-1]:
-                    self._rerun.done_with(call.layer)
+                self._rerun.done_with(call.layer)  # not with the last one, in which the last tensor is saved
         if len(again) < len(self._saved):
             raise _changed(len(self.calls), f"saved {len(self._saved)} tensors in forward and {len(again)} again")
         self._recomputed = dict(enumerate(again))

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from nova_kernels.checkpoint.context import being_compiled
 from nova_kernels.checkpoint.cost import Action
 from nova_kernels.checkpoint.frames import Segment
 from nova_kernels.checkpoint.offload import Offloader
 from nova_kernels.checkpoint.plan import SegmentPlan
-from nova_kernels.checkpoint.stack import has_segments, hidden_of, layers_of
+from nova_kernels.checkpoint.stack import PLACES, has_segments, hidden_of, layers_of
 
 CACHES = ("past_key_values", "past_key_value", "layer_past")  # names under which layers take a KV cache
 
@@ -52,7 +53,8 @@ def checkpoint_segments(
     Gradients are those of the ordinary backward, bit for bit. Nothing happens while gradients are off. The layers run
     one after the other, the output of one being the input of the next; where the model changes the hidden states in
     between, a new segment begins there. Random states are restored where a dropout is on. Layers that are compiled, or
-    sharded by fully_shard, are so before this is called.
+    sharded by fully_shard, are so before this is called, and the model around them is not compiled. A deep copy of a
+    layer that `layer.compile()` has compiled is neither compiled nor in a segment.
 
     Args:
         layers: the layers in order, or a model that holds them in its only outermost ModuleList (Hugging Face
@@ -67,6 +69,7 @@ def checkpoint_segments(
         ValueError: sizes that do not fit the layers; a model without exactly one stack of layers; layers that have
             segments or another checkpointing already. In forward: a KV cache inside a segment, or an input that is no
             tensor where it has to be moved or computed again (offload, nested).
+        RuntimeError: in forward, a layer or a model that is compiled around its segments.
     """
     stack = layers_of(layers)
     for index, layer in enumerate(stack):
@@ -121,26 +124,35 @@ class CheckpointHandle:
 
 
 class _LayerForward:
-    """Takes the place of a layer's forward. A class, so that a copied model's layers refer to their own copies."""
+    """Takes the place of a layer's forward, or of the compiled call that `layer.compile()` has made.
+
+    A class, so that a copied model's layers refer to their own copies.
+    """
 
     def __init__(self, segment: Segment, layer: nn.Module) -> None:
         self.segment = segment
         self.layer = layer
-        self.own: Callable[..., Any] = layer.forward
-        self.was_on_instance = "forward" in vars(layer)
-        layer.forward = self
+        self.place = PLACES[0] if layer._compiled_call_impl is None else PLACES[1]
+        self.own: Callable[..., Any] = getattr(layer, self.place)
+        self.was_on_instance = self.place in vars(layer)
+        setattr(layer, self.place, self)
 
     def unwrap(self) -> None:
         if self.was_on_instance:
-            self.layer.forward = self.own
+            setattr(self.layer, self.place, self.own)
         else:
-            del self.layer.forward
+            delattr(self.layer, self.place)
         self.segment.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         segment = self.segment
         if not torch.is_grad_enabled() or segment.rerun.running:
             return self.own(*args, **kwargs)
+        if being_compiled():
+            raise RuntimeError(
+                f"checkpoint_segments: {type(self.layer).__name__} has segments and is being compiled; compile each "
+                "layer before checkpoint_segments, with layer.compile(), and not the model around them"
+            )
         for name in CACHES:
             if kwargs.get(name) is not None:
                 raise ValueError(
@@ -154,9 +166,10 @@ class _LayerForward:
         except BaseException:
             segment.close()
             raise
-        segment.last_hidden = hidden_of(output)
         if self.layer is segment.layers[-1]:
             segment.close()
+        else:
+            segment.continue_from(hidden_of(output))
         return output
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+PLACES = ("forward", "_compiled_call_impl")  # what a module's call runs: the second, if there is one
 
 
 def layers_of(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
@@ -30,13 +32,44 @@ def layers_of(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def has_segments(layer: nn.Module) -> bool:
-    """Whether checkpoint_segments has taken the place of the layer's forward."""
-    return hasattr(vars(layer).get("forward"), "segment")
+    """Whether checkpoint_segments has taken the place of the layer's forward, or of its compiled call."""
+    return any(hasattr(vars(layer).get(place), "segment") for place in PLACES)
 
 
 def hidden_of(output: Any) -> Any:
     """A layer's hidden states: its output, or the first entry of a tuple."""
     return output[0] if isinstance(output, tuple) and output else output
+
+
+class Output:
+    """The hidden states that a call returned, to be recognised when the next call takes them."""
+
+    def __init__(self, hidden: Any) -> None:
+        self._hidden = hidden
+        self._version = hidden._version if isinstance(hidden, Tensor) else 0
+
+    def among(self, values: Iterable[Any]) -> Any:
+        """The value that is this output, or a view of all of it as the hooks of fully_shard make one; else None.
+
+        None, too, if it was changed in place since, or detached.
+        """
+        return next((value for value in values if value is not None and self._is(value)), None)
+
+    def _is(self, value: Any) -> bool:
+        hidden = self._hidden
+        if not (isinstance(value, Tensor) and isinstance(hidden, Tensor)):
+            return value is hidden
+        return value._version == self._version and (value is hidden or _layout(value) == _layout(hidden))
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    place = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()
+    return *place, tensor.dtype, tensor.requires_grad
+
+
+def without_graph(tensor: Tensor) -> Tensor:
+    """The same memory as a leaf, so that it holds nothing of how it was computed."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
