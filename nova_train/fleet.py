@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from nova_kernels.checkpoint import FSDP, Action, Chain, LayerCost, simulate
+from nova_kernels.checkpoint import FSDP, Action, Chain, Cost, LayerCost, simulate
 
 Kernels = Literal["eager", "fused"]
 
@@ -296,8 +296,26 @@ def memory_need(
     parameters: int,
     fsdp: FSDP | None = None,
 ) -> MemoryNeed:
-    """What a plan needs on every GPU. Bounds and actions as in `simulate`; fsdp: None is FSDP()."""
+    """What a plan needs on every GPU. Bounds and actions as in `simulate`; of fsdp only `reshard` is read."""
     bare = simulate(replace(chain, loss=0), bounds, actions).peak_bytes
-    with_loss = simulate(chain, bounds, actions).peak_bytes
-    peak = simulate(sharded(chain), bounds, actions, fsdp=fsdp or FSDP()).peak_bytes
-    return MemoryNeed(activations=bare, logits=with_loss - bare, gathered=peak - with_loss, parameters=parameters)
+    cost = simulate(chain, bounds, actions)
+    peak = _peak_when_sharded(chain, bounds, actions, cost, reshard=fsdp is not None and fsdp.reshard)
+    logits, gathered = cost.peak_bytes - bare, peak - cost.peak_bytes
+    return MemoryNeed(activations=bare, logits=logits, gathered=gathered, parameters=parameters)
+
+
+def _peak_when_sharded(
+    chain: Chain, bounds: Sequence[int], actions: Sequence[Action], cost: Cost, *, reshard: bool
+) -> int:
+    """The peak with whole layers as the published study counts them.
+
+    In backward those of the running segment (one if they are sharded again or kept), one gathered ahead and one full
+    gradient; LAYERS_AT_LOSS at the loss. `simulate` has what FSDP2 was seen to hold: one more for one layer alone.
+    """
+    weights = max(layer.weights for layer in chain.layers)
+    kept = before = peak = 0
+    for start, stop, action, segment in zip(bounds, bounds[1:], actions, cost.segments, strict=False):
+        whole = 1 if reshard or action == "keep" else stop - start
+        peak = max(peak, kept + segment.forward + 2 * weights, kept + before + segment.backward + (whole + 2) * weights)
+        kept, before = kept + segment.kept, before if action == "keep" else segment.in_flight
+    return chain.fixed + max(peak, kept + chain.loss + LAYERS_AT_LOSS * weights, chain.embedding)

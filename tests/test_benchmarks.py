@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,13 @@ import pytest
 import torch
 
 from benchmarks import (
+    attention_tables,
+    bench_attention,
+    bench_checkpoint,
     bench_logprob,
     bench_packing,
     bench_topk_kl,
+    checkpoint_tables,
     lm_inputs,
     logprob_tables,
     packing_lengths,
@@ -144,7 +148,9 @@ def test_blocks_are_rewritten_and_stale_ones_found(house: Path) -> None:
 
 def test_a_page_that_asks_for_an_unknown_table_is_refused(house: Path) -> None:
     (house / "README.md").write_text("<!-- benchmarks: packing-plans -->\n<!-- /benchmarks -->\n")
-    with pytest.raises(SystemExit, match=r"README\.md: no table 'packing-plans' in the records; there are logprob-cr"):
+    with pytest.raises(
+        SystemExit, match=r"README\.md: no table 'packing-plans' in the records; there are attention-cpu, .*logprob-cr"
+    ):
         list(stale(house, write=False))
 
 
@@ -170,7 +176,7 @@ def test_the_command_line_names_every_op() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert ops() == ["logprob", "packing", "topk_kl"]
+    assert ops() == ["attention", "checkpoint", "logprob", "packing", "topk_kl"]
     assert all(name in shown for name in [*ops(), "tables", "--check"])
 
 
@@ -287,6 +293,58 @@ def test_our_own_logprob_cases_are_right_and_fill_every_table(
     assert {row["case"] for row in rows} == set(bench_logprob.WORK)
     assert all(row["error"] < 1e-4 for row in rows)
     check_tables(logprob_tables, record(rows))
+
+
+def test_our_own_attention_cases_are_right_and_fill_every_table(
+    measure: Callable[..., None], attempt: Any, rows: list[dict[str, Any]]
+) -> None:
+    for way, step, problem in bench_attention.cases("cpu", True):
+        if runs_here(way):
+            bench_attention.bench_attention(measure, attempt, way, step, problem)
+    assert {row["case"] for row in rows} == {"mixed", "many short", "one long"}
+    assert all(row["error"] < 1e-5 for row in rows)
+    assert {row["impl"] for row in rows} >= {"nova_kernels", "padded, SDPA", "SDPA, block-diagonal mask"}
+    check_tables(attention_tables, record(rows))
+    direct, entry = (
+        {**records.select(rows, case="mixed", step="both")[0], "impl": name}
+        for name in reversed(next(iter(attention_tables.DIRECT.items())))
+    )
+    gpu = record([{**direct, "seconds_median": 0.1}, {**entry, "seconds_median": 0.102}], device="cuda", gpu="G")
+    assert "over the kernel called directly: mixed +2.0 %." in attention_tables.main_table(gpu)
+
+
+def test_our_own_checkpoint_cases_are_right_and_fill_every_table(
+    measure: Callable[..., None], attempt: Any, rows: list[dict[str, Any]]
+) -> None:
+    pytest.importorskip("transformers")
+    for case, way, shape, tokens in bench_checkpoint.cases("cpu", True):
+        bench_checkpoint.bench_checkpoint(measure, attempt, case, way, shape, tokens)
+    assert {row["case"] for row in rows} == {"step", "blocks", "longest"}
+    for row in records.select(rows, case="step"):
+        assert row["recomputed"] == pytest.approx(row.get("predicted_recomputed", row["recomputed"]), abs=1e-3)
+        assert row["peak_bytes"] == pytest.approx(row.get("predicted_bytes", row["peak_bytes"]), rel=0.03)
+    check_tables(checkpoint_tables, record(rows))
+    # one plan takes less than every k, and computes no more again than the best of them
+    uniform = [row for row in rows if row["case"] == "blocks" and " k = " in row["impl"]]
+    best = min(uniform, key=lambda row: row["peak_bytes"])
+    (plan,) = records.select(rows, case="blocks", impl="nova_kernels, lowest peak, segments")
+    assert plan["peak_bytes"] <= 0.85 * best["peak_bytes"] and plan["recomputed"] <= best["recomputed"]
+
+
+def test_a_wrong_gradient_is_not_timed(measure: Callable[..., None], attempt: Any, rows: list[dict[str, Any]]) -> None:
+    @contextmanager
+    def doubled(subject: Any, tokens: int) -> Iterator[None]:
+        with torch.no_grad():
+            weight = next(subject.model.parameters())
+            weight.mul_(1.5)
+        yield
+        with torch.no_grad():
+            weight.div_(1.5)
+
+    shape, tokens = bench_checkpoint.BLOCKS["quick"]
+    with pytest.raises(AssertionError, match=r"another gradient of layers\.0\.up\.weight"):
+        bench_checkpoint.bench_checkpoint(measure, attempt, "blocks", Way("wrong", doubled), shape, tokens)
+    assert rows == []
 
 
 def test_a_wrong_result_is_not_timed(measure: Callable[..., None], rows: list[dict[str, Any]], attempt: Any) -> None:

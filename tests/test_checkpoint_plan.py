@@ -208,16 +208,21 @@ def test_nothing_is_offloaded_without_need_and_nothing_beyond_the_host() -> None
 
 
 def test_unsharded_layers_count() -> None:
-    """Weights of k layers, of one gathered ahead, and one gradient; of one layer instead of k when sharded again."""
+    """A segment's k layers, two at least (one is gathered ahead), and two buffers; two or three layers if resharded.
+
+    Behind the last layer nothing is being reduced, so that the peak lies one boundary lower, in the segment before.
+    """
     layer = block_chain(1, 5.0).layers[0]
     chain = Chain(layers=tuple([LayerCost(**{**_fields(layer), "weights": 10_000})] * 12))
     for k in (1, 2, 3, 4, 6):
         plain = SegmentPlan.of(chain, [k] * (12 // k))
         hold = SegmentPlan.of(chain, [k] * (12 // k), fsdp=FSDP())
         again = SegmentPlan.of(chain, [k] * (12 // k), fsdp=FSDP(reshard=True))
-        ahead = 1 if k < 12 else 0
-        assert hold.predicted_peak_bytes - plain.predicted_peak_bytes == (k + ahead + 1) * 10_000
-        assert again.predicted_peak_bytes - plain.predicted_peak_bytes == (1 + ahead + 1) * 10_000
+        more = hold.predicted_peak_bytes - plain.predicted_peak_bytes
+        assert more == (max(k, 2) + 2) * 10_000 - chain.layers[0].boundary
+        assert again.predicted_peak_bytes - plain.predicted_peak_bytes <= (min(max(k, 2), 3) + 2) * 10_000
+        assert (hold.all_gathers, hold.unsharded_layers) == ((12, 12), max(k, 2))
+        assert (again.all_gathers, again.unsharded_layers) == ((12, 12 + 12 - 12 // k), min(max(k, 2), 3))
         assert again.reshard and not hold.reshard
 
 

@@ -12,8 +12,8 @@ While segment j runs backward, the bytes that segments 0 .. j - 1 keep are alive
     nested    keeps its boundary; needs the inputs of its layers up to l, and saved and backward of l alone
     offload   keeps nothing on the device; needs what a segment needs, and its boundary one segment earlier
 
-With FSDP2 the layers that are unsharded count as well: all that a segment has computed again, those gathered ahead,
-and one full gradient. Plain integers; nothing here knows of tensors. docs/kernels/checkpoint.md has the derivation.
+With FSDP2 the layers that are whole count as well: all that a segment has computed again, those gathered ahead, and
+two buffers. Plain integers; nothing here knows of tensors. docs/kernels/checkpoint.md has the derivation.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class FSDP:
     """Layers sharded one by one by FSDP2's fully_shard."""
 
     prefetch: int = 1  # layers gathered ahead of the one that runs
-    reshard: bool = False  # shard each layer again within a recomputation: one is unsharded instead of a segment's
+    reshard: bool = False  # shard each layer again within a recomputation: two are whole instead of a segment's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,11 +189,9 @@ def _kept(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> SegmentCost
     before = _copies(chain, start)
     for index in range(start, stop):
         layer = chain.layers[index]
-        gathered = _unsharded(chain, index, index, fsdp, ahead=1)
-        forward = max(forward, before + kept + layer.boundary + layer.recompute + gathered)
+        forward = max(forward, before + kept + layer.boundary + layer.recompute + _ahead(chain, index, fsdp))
         kept += layer.saved + layer.boundary * layer.saves_input
-        gathered = _unsharded(chain, index, index, fsdp)
-        backward = max(backward, kept + layer.backward + gathered + _gradient(layer, fsdp))
+        backward = max(backward, kept + layer.backward + _whole(chain, index, index, index, fsdp))
     copies = sum(layer.copies for layer in chain.layers[start:stop])
     return SegmentCost(forward=forward, backward=backward, kept=kept, copies=copies)
 
@@ -204,7 +202,7 @@ def _forward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     for index in range(start, stop):
         layer = layers[index]
         hidden = layers[start].boundary + (layer.boundary if index > start else 0)
-        peak = max(peak, hidden + copies + layer.forward + _unsharded(chain, index, index, fsdp, ahead=1))
+        peak = max(peak, hidden + copies + layer.forward + _ahead(chain, index, fsdp))
         copies += layer.copies
     return peak
 
@@ -216,12 +214,10 @@ def _backward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     peak = 0
     for index in range(start, stop):
         layer = layers[index]
-        first = index if fsdp is not None and fsdp.reshard else start
-        weights = _unsharded(chain, first, index, fsdp)
         hidden = layer.boundary if index > start else 0
-        peak = max(peak, alive + hidden + layer.recompute + gradient + weights)
+        peak = max(peak, alive + hidden + layer.recompute + gradient + _whole(chain, start, index, stop - 1, fsdp))
         alive += layer.saved + hidden * layer.saves_input
-        peak = max(peak, alive + layer.backward + weights + _gradient(layer, fsdp))
+        peak = max(peak, alive + layer.backward + _whole(chain, start, index, index, fsdp))
     return peak
 
 
@@ -232,11 +228,10 @@ def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> 
     for index in range(start, stop):
         layer = layers[index]
         inputs += layer.boundary
-        first = index if fsdp is not None and fsdp.reshard else start
-        weights = _unsharded(chain, first, index, fsdp)
-        again = layer.recompute if index == stop - 1 else max(layer.forward, layer.recompute)
-        peak = max(peak, inputs + again + gradient + weights)
-        peak = max(peak, inputs + layer.saved + layer.backward + weights + _gradient(layer, fsdp))
+        if index < stop - 1:
+            peak = max(peak, inputs + layer.forward + gradient + _whole(chain, start, index, stop - 1, fsdp))
+        alone = max(layer.recompute + gradient, layer.saved + layer.backward)
+        peak = max(peak, inputs + alone + _whole(chain, start, index, index, fsdp))
     return peak
 
 
@@ -250,17 +245,26 @@ def _incoming(chain: Chain, stop: int) -> int:
     return chain.layers[min(stop, len(chain.layers) - 1)].boundary
 
 
-def _unsharded(chain: Chain, first: int, last: int, fsdp: FSDP | None, *, ahead: int = -1) -> int:
-    """Weights of the layers first .. last, and of those gathered ahead: below them in backward, above in forward."""
+def _ahead(chain: Chain, index: int, fsdp: FSDP | None) -> int:
+    """Weights that FSDP2 has whole while a layer runs forward: its own, and those gathered ahead."""
+    return 0 if fsdp is None else sum(layer.weights for layer in chain.layers[index : index + fsdp.prefetch + 1])
+
+
+def _whole(chain: Chain, start: int, index: int, top: int, fsdp: FSDP | None) -> int:
+    """Weights and full gradients that FSDP2 has at hand while layer `index` is computed again, or runs backward.
+
+    `top` is the layer whose backward has begun: the segment's last one while others are computed again, else `index`.
+    Whole are both, what the segment has computed before (unless sharded again), and what is gathered ahead of `top`.
+    On top of that come a copy of one layer (its gather is copied out, or its gradient) and the gradient of the layer
+    above, which is still being reduced.
+    """
     if fsdp is None:
         return 0
-    below, above = (fsdp.prefetch, 0) if ahead < 0 else (0, fsdp.prefetch)
-    return sum(layer.weights for layer in chain.layers[max(0, first - below) : last + above + 1])
-
-
-def _gradient(layer: LayerCost, fsdp: FSDP | None) -> int:
-    """The full gradient of one layer, before it is reduced and sharded."""
-    return 0 if fsdp is None else layer.weights
+    layers = chain.layers
+    whole = {index, top} if fsdp.reshard else {*range(start, index + 1), top}
+    whole |= set(range(max(0, top - fsdp.prefetch), top))
+    reduced = layers[top + 1].weights if top + 1 < len(layers) else 0
+    return sum(layers[each].weights for each in whole) + layers[index].weights + reduced
 
 
 def check_plan(num_layers: int, bounds: Sequence[int], actions: Sequence[str]) -> None:

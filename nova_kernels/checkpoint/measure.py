@@ -124,7 +124,7 @@ def measure_rest(
 
     def entered(hidden: Tensor) -> None:
         rest.needs_gradient = hidden.requires_grad
-        rest.shared = tracker.current - hidden.untyped_storage().nbytes()
+        rest.shared = tracker.current - tracker.bytes_of(hidden)
         tracker.reset_peak()
         _when_autocast_ends(hidden.device, autocast_ended)
 

@@ -7,7 +7,7 @@ came after it is gone: so segments come out long first and short last, and kept 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 
@@ -30,7 +30,7 @@ class SegmentPlan:
 
     bounds: tuple[int, ...]  # segment j holds the layers bounds[j] .. bounds[j + 1] - 1
     actions: tuple[Action, ...]  # one per segment: keep, segment, nested or offload
-    reshard: bool = False  # under FSDP2, layers are sharded again within a recomputation
+    fsdp: FSDP | None = None  # how the layers are sharded
     chain: Chain = field(repr=False)  # the costs it was made for
     cost: Cost = field(repr=False)
 
@@ -54,7 +54,7 @@ class SegmentPlan:
         bounds = tuple(sum(sizes[:index]) for index in range(len(sizes) + 1))
         each: tuple[Action, ...] = (actions,) * len(sizes) if isinstance(actions, str) else tuple(actions)
         cost = simulate(chain, bounds, each, fsdp=fsdp, host=host)
-        return cls(bounds=bounds, actions=each, reshard=fsdp is not None and fsdp.reshard, chain=chain, cost=cost)
+        return cls(bounds=bounds, actions=each, fsdp=fsdp, chain=chain, cost=cost)
 
     @property
     def sizes(self) -> list[int]:
@@ -75,6 +75,29 @@ class SegmentPlan:
         """Work done again, in forward passes through the layers: 1.0 is every layer once more."""
         return self.cost.recompute_flops / self.chain.flops
 
+    @property
+    def reshard(self) -> bool:
+        """Whether FSDP2 shards layers again within a recomputation."""
+        return self.fsdp is not None and self.fsdp.reshard
+
+    @property
+    def all_gathers(self) -> tuple[int, int]:
+        """How often FSDP2 gathers a layer, in forward and in backward."""
+        again = sum(size - 1 for size, action in self._segments() if action != "keep") if self.reshard else 0
+        return self.num_layers, self.num_layers + again
+
+    @property
+    def unsharded_layers(self) -> int:
+        """Most layers that FSDP2 has gathered at once in backward; 0 where nothing is sharded."""
+        if self.fsdp is None:
+            return 0
+        longest = max((size for size, action in self._segments() if action != "keep"), default=1)
+        ahead = 1 + self.fsdp.prefetch
+        return max(min(1 + ahead, longest), ahead) if self.reshard else max(longest, ahead)
+
+    def _segments(self) -> Iterator[tuple[int, Action]]:
+        return zip(self.sizes, self.actions, strict=True)
+
     def table(self) -> str:
         """The plan as text: a line for each run of equal segments, then the peak and the work done again."""
         rows = [("layers", "segments", "action", "kept", "needed in backward")]
@@ -90,6 +113,9 @@ class SegmentPlan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"peak {format_bytes(self.predicted_peak_bytes)}, in the {self.cost.peak_at}")
         lines.append(f"computed again: {self.predicted_recompute:.1%} of one forward pass through the layers")
+        if self.fsdp is not None:
+            forward, backward = self.all_gathers
+            lines.append(f"gathers: {forward} forward, {backward} backward; {self.unsharded_layers} layers at once")
         if self.cost.host_bytes:
             lines.append(f"in host memory: {format_bytes(self.cost.host_bytes)}")
         return "\n".join(lines)
@@ -137,7 +163,7 @@ def plan_segments(
     plan = SegmentPlan(
         bounds=bounds,
         actions=actions,
-        reshard=fsdp is not None and fsdp.reshard,
+        fsdp=fsdp,
         chain=chain,
         cost=simulate(chain, bounds, actions, fsdp=fsdp, host=host),
     )

@@ -47,7 +47,8 @@ class Program:
         self._fsdp = fsdp
         self._host = host
         self._limit = None if host is None else host.host_bytes
-        self._largest = max(layer.boundary for layer in chain.layers)
+        # By how much a longer segment may need less: what belongs to the layer behind it is smaller, or not there.
+        self._slack = max(layer.boundary + (0 if fsdp is None else layer.weights) for layer in chain.layers)
         self._steps: dict[tuple[int, int], list[_Step]] = {}
 
     def fastest(self, budget: int) -> Plan | None:
@@ -140,7 +141,7 @@ class Program:
             for step in steps:
                 if step.cost.backward <= room:
                     yield step
-            longer = [step.cost.backward - self._largest for step in steps if self._actions[step.action] != "keep"]
+            longer = [step.cost.backward - self._slack for step in steps if self._actions[step.action] != "keep"]
             if not longer or min(longer) > room:
                 return
 

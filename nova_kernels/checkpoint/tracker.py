@@ -44,6 +44,10 @@ class StorageTracker(TorchDispatchMode):
         self.peak = self.current
         self.totals = []
 
+    def bytes_of(self, tensor: Tensor) -> int:
+        """How much of `current` is this tensor's storage: 0 if it was born outside."""
+        return self._sizes.get(tensor.untyped_storage()._cdata, 0)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
