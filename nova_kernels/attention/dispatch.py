@@ -29,7 +29,7 @@ def attend(
     `on_device` is a copy of cu_seqlens on the device of q whose values were checked, for callers that attend many times
     within the same boundaries; None checks and copies here.
     """
-    _check(q, k, v, max_seqlen, window, softcap)
+    _check(q, k, v, cu_seqlens, max_seqlen, window, softcap)
     q, k, v = _autocast(q, k, v)
     window = None if window is None or window >= max_seqlen else window
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
@@ -79,7 +79,9 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, window: int | None, softcap: float | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, softcap: float | None
+) -> None:
     if not q.ndim == k.ndim == v.ndim == 3:
         raise ValueError(
             "varlen_attention: expected q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], "
@@ -99,6 +101,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, window: int | None,
     if width == 0 or v.shape[2] == 0:
         raise ValueError(f"varlen_attention: heads need a width, got D = {width}, Dv = {v.shape[2]}")
     _check_dtypes(q, k, v)
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type not in ("cpu", q.device.type):
+        place = f"on {cu_seqlens.device}" if isinstance(cu_seqlens, Tensor) else f"a {type(cu_seqlens).__name__}"
+        raise ValueError(f"varlen_attention: cu_seqlens must be a tensor on the CPU or on {q.device}, it is {place}")
     if not isinstance(max_seqlen, int):
         raise TypeError(
             f"varlen_attention: max_seqlen must be an int, got {type(max_seqlen).__name__}; compute it on the CPU, "

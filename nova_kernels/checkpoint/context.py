@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Surroundings:
-    """Autocast as it is now, and, if asked for, the random generators as they are now."""
+    """Autocast and the random generators as they are now."""
 
-    def __init__(self, device: torch.device, *, random: bool) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._autocast = [_autocast_state(kind) for kind in sorted({"cpu", device.type} - {"meta"})]
-        self._generators = _generator_states(device) if random else None
+        self._generators = _generator_states(device)
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -33,17 +33,6 @@ def being_compiled() -> bool:
     return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
-def has_dropout(layer: nn.Module) -> bool:
-    """Whether a dropout is on: a dropout module with p > 0, or a module's own rate (attention_dropout = 0.1)."""
-    return any(_drops(module) for module in layer.modules() if module.training)
-
-
-def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    return any("dropout" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items())
-
-
 def _autocast_state(kind: str) -> tuple[str, torch.dtype, bool, bool]:
     return (
         kind,
@@ -58,11 +47,8 @@ def _generator_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def _generators_set_to(states: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+def _generators_set_to(states: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """The random generators as they were when the call began; afterwards as they are now."""
-    if states is None:
-        yield
-        return
     on_cpu, on_device = states
     with torch.random.fork_rng(devices=[device] if on_device is not None else []):
         torch.set_rng_state(on_cpu)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nova_kernels.checkpoint.context import Surroundings, has_dropout
+from nova_kernels.checkpoint.context import Surroundings
 from nova_kernels.checkpoint.cost import Action
 from nova_kernels.checkpoint.offload import Offloader, Stored
 from nova_kernels.checkpoint.recompute import Boundary, Call, Frame, Held, Nest, Rerun
@@ -45,7 +45,7 @@ class Segment:
         """The frame this call belongs to, and the call without its hidden states."""
         inputs = (*args, *kwargs.values())
         device = next((value.device for value in inputs if isinstance(value, Tensor)), torch.device("cpu"))
-        surroundings = Surroundings(device, random=has_dropout(layer))
+        surroundings = Surroundings(device)
         hidden = None if self._last is None else self._last.among(inputs)
         if self._frame is not None and hidden is not None:
             call = Call.without(layer, args, kwargs, hidden, surroundings)
@@ -61,6 +61,10 @@ class Segment:
         self._nest = None
         self._frame = Frame(self.rerun, boundary, ahead)
         return self._frame, Call.without(layer, args, kwargs, hidden, surroundings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without a pass under way: a copied or saved model begins with none."""
+        return vars(self) | {"_last": None, "_stored": None, "_frame": None, "_nest": None}
 
     def continue_from(self, hidden: Any) -> None:
         """These hidden states are what the last call returned."""

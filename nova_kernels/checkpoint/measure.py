@@ -26,7 +26,6 @@ class Record:
     call: Call
     hidden: Tensor  # its input, detached
     output: Any  # what it returned
-    surroundings: Surroundings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +69,9 @@ def record_calls(layers: Sequence[nn.Module], run: Callable[[], Any]) -> list[Re
             if hidden is None or index in records:
                 what = "has no tensor as its input" if hidden is None else "runs more than once"
                 raise ValueError(f"profile_layers: layer {index} ({type(layer).__name__}) {what}")
+            call = Call.without(layer, args, kwargs, hidden, Surroundings(hidden.device))
             output = own(*args, **kwargs)
-            call = Call.without(layer, args, kwargs, hidden)
-            records[index] = Record(call, hidden.detach(), output, Surroundings(hidden.device, random=False))
+            records[index] = Record(call, hidden.detach(), output)
             return output
 
         return forward
@@ -137,10 +136,10 @@ def measure_rest(
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = hidden_states(args, kwargs)
             assert hidden is not None, "record_calls has seen it"
-            held.append(Call.without(layer, args, kwargs, hidden))
+            held.append(Call.without(layer, args, kwargs, hidden, Surroundings(hidden.device)))
             if index == 0:
                 entered(hidden)
-                hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+                hidden = hidden if hidden.requires_grad else _fresh(hidden, _seed(needs_gradient=True))
             output = hidden_of(records[index].output)
             if output.shape != hidden.shape or output.dtype != hidden.dtype:
                 hidden = _Reshaped.apply(hidden, output)
@@ -185,7 +184,7 @@ def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
 def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int]:
     seed = _seed(needs_gradient)
     with StorageTracker() as tracker:
-        with record.surroundings.again(), saved_tensors_hooks(lambda _: None, _unwanted):
+        with record.call.surroundings.again(), saved_tensors_hooks(lambda _: None, _unwanted):
             hidden = _fresh(record.hidden, seed)
             before = tracker.current
             tracker.reset_peak()
@@ -199,7 +198,7 @@ def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], i
 def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tuple[int, bool, list[int], list[int]]:
     seed = _seed(needs_gradient)
     with StorageTracker() as tracker:
-        with record.surroundings.again():
+        with record.call.surroundings.again():
             hidden = _fresh(record.hidden, seed)
             alive = weakref.ref(hidden.untyped_storage())
             before = tracker.current
@@ -226,7 +225,7 @@ def _count_flops(record: Record, needs_gradient: bool) -> tuple[int, int]:
         nonlocal at_last_saved
         at_last_saved = counter.get_total_flops()
 
-    with counter, record.surroundings.again(), saved_tensors_hooks(note, _unwanted):
+    with counter, record.call.surroundings.again(), saved_tensors_hooks(note, _unwanted):
         record.call.run(_fresh(record.hidden, _seed(needs_gradient)))
     total = counter.get_total_flops()
     return total, total - at_last_saved

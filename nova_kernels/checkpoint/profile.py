@@ -135,7 +135,7 @@ def profile_layers(
         ValueError: a model whose layers cannot be found or are not called once each; layers that have segments or are
             sharded already; a sample of fewer than 8 tokens; a loss without gradient.
     """
-    stack = layers_of(model)
+    stack = layers_of(model, "profile_layers")
     run: Callable[[Any, Any], Tensor] = loss or (_loss_of_model if _is_model(model) else _loss_of_layers)
     rows, length = sample_shape(sample)
     if length < LEAST_TOKENS:

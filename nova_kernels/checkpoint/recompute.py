@@ -9,14 +9,14 @@ for runs the layers once more, keeps nothing but their inputs, and hands these o
 
 The graph is the one of the first forward: the later ones only supply tensors. So there are no restrictions on
 which inputs require gradients, and gradients are those of the ordinary backward, bit for bit, as long as the layers
-compute the same thing twice. Random numbers repeat if the generators are set back, which is done where a dropout is on.
+compute the same thing twice. For that, autocast is repeated and the random generators are set back.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,13 +41,17 @@ class Call:
     layer: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    surroundings: Surroundings | None = None  # None: those of whoever runs it
+    surroundings: Surroundings
+
+    def arguments(self, hidden: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer is called with for these hidden states."""
+        args = tuple(hidden if isinstance(value, Previous) else value for value in self.args)
+        return args, {name: hidden if isinstance(value, Previous) else value for name, value in self.kwargs.items()}
 
     def run(self, hidden: Any) -> Any:
         """The layer's hidden states for this input."""
-        args = tuple(hidden if isinstance(value, Previous) else value for value in self.args)
-        kwargs = {name: hidden if isinstance(value, Previous) else value for name, value in self.kwargs.items()}
-        with nullcontext() if self.surroundings is None else self.surroundings.again():
+        args, kwargs = self.arguments(hidden)
+        with self.surroundings.again():
             return hidden_of(self.layer(*args, **kwargs))
 
     @classmethod
@@ -57,7 +61,7 @@ class Call:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         hidden: Any,
-        surroundings: Surroundings | None = None,
+        surroundings: Surroundings,
     ) -> Call:
         """The call with Previous() wherever `hidden` stands; a hidden of None stands nowhere.
 
@@ -117,9 +121,9 @@ class Nest:
         while waiting and waiting[-1] is None:
             waiting.pop()
         hidden = self._frame.first_input()
-        with self._rerun, saved_tensors_hooks(lambda _: None, _refuse):
+        with self._rerun.packing(lambda _: None):
             for call, inner in zip(self._calls, waiting, strict=False):
-                hidden = without_graph(call.run(hidden))
+                hidden = without_graph(self._rerun.run(call, hidden))
                 self._rerun.done_with(call.layer)
                 if inner is not None:
                     inner.hidden = hidden
@@ -140,17 +144,42 @@ class Inner:
 
 
 class Rerun:
-    """What the layers of a segment share while they are computed again; a context manager for the time it takes."""
+    """What the layers of a segment share while they are computed again.
+
+    A layer is called as a whole, since fully_shard works by hooks on it; but what its own forward is given is what it
+    was given the first time, whatever hooks in front of it do, and only what that saves counts.
+    """
 
     def __init__(self, *, reshard: bool) -> None:
-        self.running = False
+        self._pack: Callable[[Tensor], Any] | None = None
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._reshard = reshard
 
-    def __enter__(self) -> None:
-        self.running = True
+    @property
+    def running(self) -> bool:
+        """Whether the layers are being computed again."""
+        return self._pack is not None
 
-    def __exit__(self, *_: object) -> None:
-        self.running = False
+    @contextmanager
+    def packing(self, pack: Callable[[Tensor], Any]) -> Iterator[None]:
+        """The layers are computed again inside the `with`, and what they save goes to `pack`."""
+        self._pack = pack
+        try:
+            yield
+        finally:
+            self._pack, self._arguments = None, ((), {})
+
+    def run(self, call: Call, hidden: Any) -> Any:
+        """The hidden states that a call returns for this input."""
+        self._arguments = call.arguments(hidden)
+        return call.run(hidden)
+
+    def forward(self, own: Callable[..., Any]) -> Any:
+        """A layer's own forward, within its call."""
+        args, kwargs = self._arguments
+        assert self._pack is not None, "called while the layers are computed again"
+        with saved_tensors_hooks(self._pack, _refuse):
+            return own(*args, **kwargs)
 
     def done_with(self, layer: nn.Module) -> None:
         """Shard a layer of FSDP2 again, where the plan says so: its backward will gather it once more."""
@@ -205,12 +234,9 @@ class Frame:
                 raise _Complete
 
         hidden = self.first_input()
-        with ExitStack() as stack:
-            stack.enter_context(suppress(_Complete))
-            stack.enter_context(self._rerun)
-            stack.enter_context(saved_tensors_hooks(collect, _refuse))
+        with suppress(_Complete), self._rerun.packing(collect):
             for call in self.calls:
-                hidden = call.run(hidden)
+                hidden = self._rerun.run(call, hidden)
                 self._rerun.done_with(call.layer)  # not with the last one, in which the last tensor is saved
         if len(again) < len(self._saved):
             raise _changed(len(self.calls), f"saved {len(self._saved)} tensors in forward and {len(again)} again")
@@ -224,7 +250,7 @@ class _Complete(BaseException):
 def _changed(num_layers: int, what: str) -> RuntimeError:
     return RuntimeError(
         f"checkpoint_segments: a segment of {num_layers} layers {what}; its layers must do the same thing twice "
-        "(check for state changed in forward, and for random numbers outside of dropout modules)"
+        "(check for state that forward changes, and for random numbers from a generator of its own)"
     )
 
 

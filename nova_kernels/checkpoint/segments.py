@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -52,8 +53,8 @@ def checkpoint_segments(
 
     Gradients are those of the ordinary backward, bit for bit. Nothing happens while gradients are off. The layers run
     one after the other, the output of one being the input of the next; where the model changes the hidden states in
-    between, a new segment begins there. Random states are restored where a dropout is on. Layers that are compiled, or
-    sharded by fully_shard, are so before this is called, and the model around them is not compiled. A deep copy of a
+    between, a new segment begins there. Random generators are set back for the second pass, and restored. Layers that
+    are compiled, or sharded by fully_shard, are so before this is called, and the model around them is not compiled. A deep copy of a
     layer that `layer.compile()` has compiled is neither compiled nor in a segment.
 
     Args:
@@ -67,12 +68,14 @@ def checkpoint_segments(
 
     Raises:
         ValueError: sizes that do not fit the layers; a model without exactly one stack of layers; layers that have
-            segments or another checkpointing already. In forward: a KV cache inside a segment, or an input that is no
-            tensor where it has to be moved or computed again (offload, nested).
+            segments or another checkpointing already, or stand in the list twice. In forward: a KV cache inside a
+            segment, or an input that is no tensor where it has to be moved or computed again (offload, nested).
         RuntimeError: in forward, a layer or a model that is compiled around its segments.
     """
-    stack = layers_of(layers)
+    stack = layers_of(layers, "checkpoint_segments")
     for index, layer in enumerate(stack):
+        if any(layer is before for before in stack[:index]):
+            raise ValueError(f"checkpoint_segments: layer {index} is in the list twice; a layer runs once in a stack")
         if has_segments(layer):
             raise ValueError(f"checkpoint_segments: layer {index} has segments already; restore them first")
         if getattr(layer, "gradient_checkpointing", False):
@@ -110,7 +113,7 @@ class CheckpointHandle:
 
     def restore(self) -> None:
         """Give the layers their own forward back; calling it twice is harmless."""
-        for wrapped in self._wrapped:
+        for wrapped in reversed(self._wrapped):
             wrapped.unwrap()
         self._wrapped = []
 
@@ -146,7 +149,9 @@ class _LayerForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         segment = self.segment
-        if not torch.is_grad_enabled() or segment.rerun.running:
+        if segment.rerun.running:
+            return segment.rerun.forward(self.own)
+        if not torch.is_grad_enabled():
             return self.own(*args, **kwargs)
         if being_compiled():
             raise RuntimeError(
@@ -174,12 +179,15 @@ class _LayerForward:
 
 
 def _sizes(num_layers: int, segments: int | Sequence[int]) -> list[int]:
-    if isinstance(segments, int):
+    if isinstance(segments, bool | float | str):
+        raise TypeError(f"checkpoint_segments: expected layers per segment, sizes or a plan, got {segments!r}")
+    if not isinstance(segments, Sequence):
+        segments = operator.index(segments)
         if segments < 1:
             raise ValueError(f"checkpoint_segments: expected at least 1 layer per segment, got {segments}")
         full, rest = divmod(num_layers, segments)
         return [segments] * full + ([rest] if rest else [])
-    sizes = list(segments)
+    sizes = [operator.index(size) for size in segments]
     if sum(sizes) != num_layers or min(sizes, default=1) < 1:
         raise ValueError(f"checkpoint_segments: sizes {sizes} must be positive and sum to the {num_layers} layers")
     return sizes

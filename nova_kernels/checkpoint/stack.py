@@ -10,14 +10,20 @@ from torch import Tensor, nn
 PLACES = ("forward", "_compiled_call_impl")  # what a module's call runs: the second, if there is one
 
 
-def layers_of(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+def layers_of(layers: nn.Module | Sequence[nn.Module], caller: str) -> list[nn.Module]:
     """The layers of a sequence, of a ModuleList, or of the only outermost ModuleList of a model.
 
     Raises:
-        ValueError: a model that has no such list or several, naming those it has.
+        TypeError: a sequence of something else.
+        ValueError: a model that has no such list or several, naming those it has; no layers at all.
     """
     if not isinstance(layers, nn.Module) or isinstance(layers, nn.ModuleList | nn.Sequential):
-        return list(layers)
+        stack = list(layers)
+        if not stack:
+            raise ValueError(f"{caller}: expected at least one layer, got none")
+        if other := [layer for layer in stack if not isinstance(layer, nn.Module)]:
+            raise TypeError(f"{caller}: expected layers (nn.Module), got {type(other[0]).__name__}")
+        return stack
     found: dict[str, nn.ModuleList] = {}
     for name, module in layers.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
@@ -25,7 +31,7 @@ def layers_of(layers: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
             found[name] = module
     if len(found) != 1:
         raise ValueError(
-            f"checkpoint_segments: expected one stack of layers in {type(layers).__name__}, found {sorted(found)}; "
+            f"{caller}: expected one stack of layers in {type(layers).__name__}, found {sorted(found)}; "
             "pass the layers themselves"
         )
     return list(next(iter(found.values())))

@@ -130,6 +130,11 @@ class _Boundaries:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = dict(zip(self.names, args, strict=False)) | kwargs
         where = type(module).__name__
+        if (own := getattr(module.config, "_attn_implementation", IMPLEMENTATION)) != IMPLEMENTATION:
+            raise ValueError(
+                f"{where}: its attention was set to {own!r} while varlen attention is attached; call restore() of the "
+                "handle first, or use `with handle.suspended():`"
+            )
         if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
             raise ValueError(
                 f"{where}: varlen attention takes no KV cache; pass use_cache=False, "
