@@ -54,8 +54,8 @@ def checkpoint_segments(
     Gradients are those of the ordinary backward, bit for bit. Nothing happens while gradients are off. The layers run
     one after the other, the output of one being the input of the next; where the model changes the hidden states in
     between, a new segment begins there. Random generators are set back for the second pass, and restored. Layers that
-    are compiled, or sharded by fully_shard, are so before this is called, and the model around them is not compiled. A deep copy of a
-    layer that `layer.compile()` has compiled is neither compiled nor in a segment.
+    are compiled, or sharded by fully_shard, are so before this is called, and the model around them is not compiled. A
+    deep copy of a layer that `layer.compile()` has compiled is neither compiled nor in a segment.
 
     Args:
         layers: the layers in order, or a model that holds them in its only outermost ModuleList (Hugging Face
