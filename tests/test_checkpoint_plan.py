@@ -254,6 +254,8 @@ def test_the_table_names_runs_peak_and_work() -> None:
             id="floor",
         ),
         pytest.param({"budget_bytes": 0}, r"budget_bytes must be positive, got 0", id="zero"),
+        pytest.param({"budget_bytes": float("nan")}, r"budget_bytes must be positive, got nan", id="nan"),
+        pytest.param({"budget_bytes": "5GiB"}, r"budget_bytes must be positive, got '5GiB'", id="text"),
         pytest.param({"allow": ()}, r"allow is empty", id="nothing"),
         pytest.param({"allow": ("segments",)}, r"unknown action 'segments'", id="unknown"),
         pytest.param({"tokens": 65}, r"a Chain holds for 64 tokens, not for 65", id="tokens"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,8 @@ def attend(
     q, k, v = _autocast(q, k, v)
     window = None if window is None or window >= max_seqlen else window
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if not math.isfinite(scale):
+        raise ValueError(f"varlen_attention: softmax_scale must be a finite number, got {scale}; None = D ** -0.5")
     name = choose(
         "varlen_attention",
         backend,
@@ -111,7 +115,7 @@ def _check(
         )
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1 token, got {window}; None = no window")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"varlen_attention: softcap must be positive, got {softcap}; None = no cap")
 
 

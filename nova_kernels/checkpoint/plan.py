@@ -7,6 +7,7 @@ came after it is gone: so segments come out long first and short last, and kept 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -152,8 +153,10 @@ def plan_segments(
     """
     chain = _chain(profile, tokens)
     allowed = _allowed(profile, allow)
-    if budget_bytes is not None and budget_bytes <= 0:
-        raise ValueError(f"plan_segments: budget_bytes must be positive, got {budget_bytes}; None = lowest peak")
+    if budget_bytes is not None:
+        if not isinstance(budget_bytes, int | float) or not 0 < budget_bytes < math.inf:
+            raise ValueError(f"plan_segments: budget_bytes must be positive, got {budget_bytes!r}; None = lowest peak")
+        budget_bytes = int(budget_bytes)
     program = Program(chain, allowed, fsdp, host)
     found = None if budget_bytes is None else program.fastest(budget_bytes)
     floor = 0
@@ -196,7 +199,10 @@ def _allowed(profile: Chain | Profile, allow: Collection[Action] | None) -> list
     if allow is None:
         on_cpu = not isinstance(profile, Chain) and profile.device == "cpu"
         return [action for action in ACTIONS if not (on_cpu and action == "offload")]
-    if unknown := sorted(set(allow) - set(ACTIONS)):
+    if isinstance(allow, str):
+        raise TypeError(f"plan_segments: allow must be a collection of actions, got the text {allow!r}")
+    allow = set(allow)
+    if unknown := sorted(allow - set(ACTIONS)):
         raise ValueError(f"plan_segments: unknown action {unknown[0]!r} in allow; expected some of {list(ACTIONS)}")
     if not allow:
         raise ValueError(f"plan_segments: allow is empty; expected some of {list(ACTIONS)}")

@@ -96,6 +96,11 @@ class VarlenAttentionHandle:
                 self._attach()
 
     def _attach(self) -> None:
+        if mixers := _other_mixers(self._model):
+            raise ValueError(
+                f"use_varlen_attention: {type(self._model).__name__} mixes tokens outside of its attention ({mixers}), "
+                "where packed sequences would see each other; give it one sequence per row"
+            )
         AttentionInterface.register(IMPLEMENTATION, _attention)
         AttentionMaskInterface.register(IMPLEMENTATION, _mask)
         count_flops()
@@ -116,6 +121,14 @@ class VarlenAttentionHandle:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def _other_mixers(model: PreTrainedModel) -> str:
+    """What besides attention carries tokens from one to the next: convolutions, recurrent states; "" if nothing."""
+    if getattr(model, "_is_stateful", False):
+        return "a recurrent state"
+    found = sorted({type(module).__name__ for module in model.modules() if isinstance(module, nn.Conv1d)})
+    return ", ".join(found)
 
 
 class _Boundaries:
