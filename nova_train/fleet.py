@@ -223,6 +223,7 @@ def chain_of(
         saves_input=True,
         forward=forward,
         recompute=max(forward, saved + 2 * unit),
+        recompute_cut=max(forward, saved + 2 * unit),
         backward=BACKWARD_UNITS * unit,
         weights=shape.layer_parameters * BFLOAT16,
         # Causal attention multiplies two halves of a T x T square per head.

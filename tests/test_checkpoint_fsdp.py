@@ -160,7 +160,7 @@ class Counts:
 
 
 def attach(layers: nn.ModuleList, case: Case) -> Any:
-    unit = LayerCost(boundary=1, saved=4, saves_input=True, forward=2, recompute=5, backward=4)
+    unit = LayerCost(boundary=1, saved=4, saves_input=True, forward=2, recompute=5, recompute_cut=5, backward=4)
     chain = Chain(layers=(unit,) * len(layers))
     fsdp = FSDP(prefetch=case.prefetch, reshard=case.reshard)
     return checkpoint_segments(layers, SegmentPlan.of(chain, case.sizes, case.action, fsdp=fsdp))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -33,7 +34,8 @@ def random_layer(rng: random.Random) -> LayerCost:
         copies=rng.choice([0, saved // 2]),
         saves_input=rng.random() < 0.5,
         forward=rng.randint(0, 40),
-        recompute=rng.randint(0, 120),
+        recompute=rng.randint(60, 120),
+        recompute_cut=rng.randint(0, 60),
         backward=rng.randint(0, 60),
         weights=rng.randint(0, 30),
         flops=flops,
@@ -42,11 +44,14 @@ def random_layer(rng: random.Random) -> LayerCost:
 
 
 def random_chain(rng: random.Random, num_layers: int) -> Chain:
+    layers = [random_layer(rng) for _ in range(num_layers)]
+    for index in range(min(num_layers, rng.choice([0, 0, 1, 3]))):  # frozen ones at the bottom
+        layers[index] = replace(layers[index], graph=False, saved=0, saves_input=False, copies=0, backward=0)
     return Chain(
-        layers=tuple(random_layer(rng) for _ in range(num_layers)),
+        layers=tuple(layers),
         loss=rng.randint(0, 100),
         under_autocast=rng.randint(0, 150),
-        after_loss=rng.randint(0, 10),
+        after_loss=rng.randint(-10, 10),
         embedding=rng.randint(0, 60),
         fixed=rng.randint(0, 9),
     )
@@ -60,6 +65,7 @@ def block_chain(num_layers: int, n: float, *, backward: float = 8.0) -> Chain:
         saves_input=True,
         forward=4000,
         recompute=round(1000 * (n - 2)),
+        recompute_cut=round(1000 * (n - 2)),
         backward=round(1000 * backward),
         flops=100,
         tail_flops=27,
@@ -213,7 +219,7 @@ def test_unsharded_layers_count() -> None:
     Behind the last layer nothing is being reduced, so that the peak lies one boundary lower, in the segment before.
     """
     layer = block_chain(1, 5.0).layers[0]
-    chain = Chain(layers=tuple([LayerCost(**{**_fields(layer), "weights": 10_000})] * 12))
+    chain = Chain(layers=(replace(layer, weights=10_000),) * 12)
     for k in (1, 2, 3, 4, 6):
         plain = SegmentPlan.of(chain, [k] * (12 // k))
         hold = SegmentPlan.of(chain, [k] * (12 // k), fsdp=FSDP())
@@ -226,8 +232,25 @@ def test_unsharded_layers_count() -> None:
         assert again.reshard and not hold.reshard
 
 
-def _fields(layer: LayerCost) -> dict[str, int]:
-    return {name: getattr(layer, name) for name in LayerCost.__dataclass_fields__}
+def test_work_beyond_64_bits_is_planned_the_same() -> None:
+    plans = []
+    for factor in (1, 10**19):
+        layer = replace(block_chain(1, 5.0).layers[0], flops=100 * factor, tail_flops=27 * factor)
+        plans.append(plan_segments(Chain(layers=(layer,) * 20), budget_bytes=40_000, allow=("keep", "segment")))
+    assert plans[0].bounds == plans[1].bounds and plans[0].actions == plans[1].actions
+
+
+def test_frozen_layers_at_the_bottom_cost_no_boundary() -> None:
+    layer = block_chain(1, 5.0).layers[0]
+    frozen = replace(layer, graph=False, saved=0, saves_input=False, backward=0)
+    chain = Chain(layers=(frozen,) * 3 + (layer,) * 2)
+    apart, together = (SegmentPlan.of(chain, sizes) for sizes in ([1, 1, 1, 1, 1], [1, 3, 1]))
+    assert [segment.kept for segment in apart.cost.segments] == [0, 0, 0, 1000, 1000]
+    assert [segment.kept for segment in together.cost.segments] == [0, 1000, 1000]
+    assert apart.predicted_recompute == 2 * 0.73 / 5, "only layers in the graph are computed again"
+    assert together.predicted_recompute == (2 + 2 * 0.73) / 5, "frozen ones, too, in a segment with others"
+    nested = SegmentPlan.of(chain, [5], "nested")
+    assert nested.predicted_recompute == (4 + 2 * 0.73) / 5
 
 
 def test_the_report_s_rule_is_one_of_the_plans() -> None:

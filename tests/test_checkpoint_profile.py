@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen2Config
 
 from nova_kernels.checkpoint import (
     Profile,
@@ -18,6 +18,7 @@ from nova_kernels.checkpoint import (
     plan_segments,
     profile_layers,
 )
+from nova_kernels.checkpoint.samples import shortened
 from nova_kernels.integrations.transformers import use_varlen_attention
 from nova_kernels.packing import pack_samples
 
@@ -172,6 +173,44 @@ def test_layers_that_differ_are_measured_apart() -> None:
         assert measured == pytest.approx(plan.predicted_peak_bytes, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=256, attn_pdrop=0.0),
+        GPTNeoXConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=128, num_hidden_layers=LAYERS, num_attention_heads=4
+        ),
+    ],
+    ids=["gpt2", "gpt_neox"],
+)
+@pytest.mark.parametrize("name", ["k=1", "decreasing", "nested", "mixed"])
+def test_a_recomputation_ends_with_the_last_tensor_saved(config: Any, name: str) -> None:
+    """Here the peak lies in a recomputation."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    sample = {"input_ids": torch.arange(128)[None] % 60, "use_cache": False}
+    profile = profile_layers(
+        model, {name: value[:, :64] if name == "input_ids" else value for name, value in sample.items()}
+    )
+    plan = SegmentPlan.of(profile, *PLANS[name], tokens=128)
+    with checkpoint_segments(model, plan):
+        measured = measured_peak(model, lambda: model(**sample).logits.sum())
+    assert plan.predicted_peak_bytes == pytest.approx(measured, rel=0.01), plan.table()
+
+
+@pytest.mark.parametrize("sizes", [[1] * LAYERS, [4, 4], [2, 3, 3], [LAYERS]], ids=str)
+@pytest.mark.parametrize("action", ["segment", "nested"])
+def test_frozen_layers_keep_nothing(action: str, sizes: list[int]) -> None:
+    model = make_model("llama")
+    for module in (model.get_input_embeddings(), *model.model.layers[:5]):
+        module.requires_grad_(False)
+    sample = {"input_ids": torch.arange(96)[None] % 60, "use_cache": False}
+    plan = SegmentPlan.of(profile_layers(model, sample), sizes, action)
+    with checkpoint_segments(model, plan):
+        measured = measured_peak(model, lambda: model(**sample).logits.sum())
+    assert plan.predicted_peak_bytes == pytest.approx(measured, rel=0.01), plan.table()
+
+
 def test_attention_that_is_quadratic_is_noticed() -> None:
     model = make_model("llama", attn_implementation="eager")
     sample = {"input_ids": torch.arange(64)[None] % 60, "use_cache": False}
@@ -212,8 +251,45 @@ def test_what_cannot_be_profiled_is_refused() -> None:
         profile_layers(model, sample, loss=lambda model, sample: model(**sample).logits)
     with pytest.raises(ValueError, match=r"does not call layer 0 of 8"):
         profile_layers(model, sample, loss=lambda model, sample: model.lm_head.weight.sum())
-    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="a whole number of at least 1, got 0"):
         profile_layers(model, sample).at(0)
+    with pytest.raises(ValueError, match=r"a whole number of at least 1, got 1.5"):
+        profile_layers(model, sample).at(1.5)  # type: ignore[arg-type]
+    experts = MixtralConfig(**SIZES, num_local_experts=2, output_router_logits=True)
+    with pytest.raises(ValueError, match=r"reads something else of them \(router logits"):
+        profile_layers(AutoModelForCausalLM.from_config(experts), sample | {"labels": sample["input_ids"]})
+
+
+def test_a_sample_is_shortened_in_every_field() -> None:
+    """A mask has queries and keys; positions have a row for time, height and width, whose number may be T, too."""
+    sample = {
+        "input_ids": torch.arange(24).view(3, 8),
+        "attention_mask": torch.ones(3, 1, 8, 8),
+        "position_ids": torch.zeros(3, 8, 8),
+        "cu_seq_lens_q": torch.tensor([0, 5, 8]),
+        "max_length_q": 5,
+        "scale": torch.ones(8),
+    }
+    short = shortened(sample, 4)
+    shapes = {name: list(value.shape) for name, value in short.items() if isinstance(value, Tensor)}
+    assert shapes["input_ids"] == [3, 4] and shapes["attention_mask"] == [3, 1, 4, 4]
+    assert shapes["position_ids"] == [3, 8, 4] and shapes["scale"] == [8]
+    assert short["cu_seq_lens_q"].tolist() == [0, 4] and short["max_length_q"] == 4
+
+
+def test_running_statistics_are_put_back() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.linear(self.norm(hidden))
+
+    layers = nn.ModuleList([Normed(), Normed()])
+    before = {name: value.clone() for name, value in layers.state_dict().items()}
+    profile_layers(layers, torch.randn(16, 8))
+    assert all(torch.equal(value, before[name]) for name, value in layers.state_dict().items())
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -236,6 +312,10 @@ def test_the_tracker_counts_every_storage_once_and_to_its_end(device: str) -> No
         tracker.reset_peak()
         assert tracker.peak == 400
     assert tracker.totals == []
+    with StorageTracker() as grown:
+        buffer = torch.ones(2, device=device)
+        buffer.resize_(8)
+        assert grown.current == grown.peak == 32
     with StorageTracker("cuda" if device == "cpu" else "cpu") as other:
         torch.ones(3, device=device)
     assert other.peak == 0

@@ -36,7 +36,7 @@ each_plan = pytest.mark.parametrize("name", PLANS)
 
 
 def attach(layers: nn.Module | Sequence[nn.Module], plan: Plan, *, count: int = COUNT) -> Any:
-    unit = LayerCost(boundary=1, saved=4, saves_input=True, forward=2, recompute=5, backward=4)
+    unit = LayerCost(boundary=1, saved=4, saves_input=True, forward=2, recompute=5, recompute_cut=5, backward=4)
     return checkpoint_segments(layers, SegmentPlan.of(Chain(layers=(unit,) * count), *plan))
 
 

@@ -49,7 +49,7 @@ class Lines:
 
     def at(self, tokens: int) -> int:
         """Bytes at this number of tokens."""
-        return max(0, round(max((a + b * tokens for a, b in self.lines), default=Fraction(0))))
+        return round(max((a + b * tokens for a, b in self.lines), default=Fraction(0)))
 
 
 def _greatest(lines: Iterable[tuple[Fraction, Fraction]]) -> list[tuple[Fraction, Fraction]]:

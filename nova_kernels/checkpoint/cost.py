@@ -36,11 +36,13 @@ class LayerCost:
     saves_input: bool  # whether autograd keeps the input as well
     forward: int  # most alive in a forward pass that keeps nothing, above what was alive before; its output counts
     recompute: int  # the same for a pass that keeps `saved`
+    recompute_cut: int  # the same up to the last tensor saved, where a second pass ends
     backward: int  # most alive in backward above `saved` and the input; the gradient that comes in counts
     copies: int = 0  # of `saved`: weights in another dtype, which autocast holds until it ends in any case
     weights: int = 0  # its parameters
     flops: int = 1  # of one forward pass
     tail_flops: int = 0  # of those, behind the last tensor saved: a second pass leaves them out
+    graph: bool = True  # whether autograd has it in its graph: layers below the first trained parameter are not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +52,9 @@ class Chain:
     layers: tuple[LayerCost, ...]
     loss: int = 0  # most alive in head, loss and their backward, above what the layers keep
     under_autocast: int = 0  # the same while the layers' autocast lasts, with its copies of all layers' weights
-    after_loss: int = 0  # of these, still alive while the layers run backward: logits that somebody holds
+    after_loss: int = (
+        0  # alive while the layers run backward: logits that somebody holds; below 0: `fixed` that is gone
+    )
     embedding: int = 0  # most alive in the backward of what comes before the layers
     fixed: int = 0  # alive all along: what layers share
     num_tokens: int | None = None  # at which this holds, for messages
@@ -162,10 +166,13 @@ def segment_cost(
     if action == "keep":
         return _kept(chain, start, stop, fsdp)
     forward = _forward(chain, start, stop, fsdp)
+    if not any(layer.graph for layer in layers):
+        return SegmentCost(forward=forward, backward=0, kept=0)  # no backward asks for anything
     flops = sum(layer.flops for layer in layers)
     if action == "nested":
         backward = _backward_nested(chain, start, stop, fsdp)
-        recompute = flops - layers[-1].flops + sum(layer.flops - layer.tail_flops for layer in layers)
+        alone = sum(layer.flops - layer.tail_flops for layer in layers if layer.graph)
+        recompute = flops - layers[-1].flops + alone
     else:
         backward = _backward(chain, start, stop, fsdp)
         recompute = flops - layers[-1].tail_flops
@@ -215,7 +222,8 @@ def _backward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     for index in range(start, stop):
         layer = layers[index]
         hidden = layer.boundary if index > start else 0
-        peak = max(peak, alive + hidden + layer.recompute + gradient + _whole(chain, start, index, stop - 1, fsdp))
+        again = layer.recompute if index < stop - 1 else layer.recompute_cut
+        peak = max(peak, alive + hidden + again + gradient + _whole(chain, start, index, stop - 1, fsdp))
         alive += layer.saved + hidden * layer.saves_input
         peak = max(peak, alive + layer.backward + _whole(chain, start, index, index, fsdp))
     return peak
@@ -227,11 +235,14 @@ def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> 
     inputs = peak = 0
     for index in range(start, stop):
         layer = layers[index]
-        inputs += layer.boundary
+        kept = layer.graph or index == start  # the first input is kept in any case
+        inputs += layer.boundary * kept
         if index < stop - 1:
-            peak = max(peak, inputs + layer.forward + gradient + _whole(chain, start, index, stop - 1, fsdp))
-        alone = max(layer.recompute + gradient, layer.saved + layer.backward)
-        peak = max(peak, inputs + alone + _whole(chain, start, index, index, fsdp))
+            hidden = layer.boundary * (not kept)
+            peak = max(peak, inputs + hidden + layer.forward + gradient + _whole(chain, start, index, stop - 1, fsdp))
+        if layer.graph:
+            alone = max(layer.recompute_cut + gradient, layer.saved + layer.backward)
+            peak = max(peak, inputs + alone + _whole(chain, start, index, index, fsdp))
     return peak
 
 

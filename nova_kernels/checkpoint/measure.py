@@ -37,7 +37,9 @@ class LayerRun:
     saves_input: bool
     forward: list[int]
     recompute: list[int]
+    recompute_cut: list[int]  # of `recompute`, up to the last tensor saved
     backward: list[int]
+    graph: bool  # whether its output needs a gradient
     cached: int  # of weights in another dtype, which autocast holds until it ends
     flops: int
     tail_flops: int
@@ -50,7 +52,7 @@ class RestRun:
     shared: int = 0  # alive in front of the first layer, beside its input
     loss: list[int] = field(default_factory=list)
     under_autocast: int = 0  # how many of these lie within the autocast of the layers
-    after_loss: int = 0  # still alive when the layers' backward begins
+    after_loss: int = 0  # still alive when the layers' backward begins, less what of `shared` is gone by then
     embedding: list[int] = field(default_factory=list)
     needs_gradient: bool = False  # whether the layers' input does
 
@@ -153,7 +155,14 @@ def measure_rest(
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     others = [] if model is None else [p for p in model.parameters() if id(p) not in inside]
     with _forwards(layers, hollow), _gradients_of(others), tracker:
-        loss = run()
+        try:
+            loss = run()
+        except (IndexError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(
+                "profile_layers: the model does not run with layers that return nothing but their input "
+                f"({type(error).__name__}: {error}); it reads something else of them (router logits, attentions, a "
+                "cache): switch that off in its config or the sample (output_router_logits=False, use_cache=False)"
+            ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ValueError("profile_layers: the loss must be one number with a gradient; check `loss`")
         loss.backward()
@@ -164,9 +173,9 @@ def measure_rest(
 def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
     """Three passes of one layer: keeping nothing, keeping all and backward, and counting FLOPs."""
     with _gradients_of(list(record.call.layer.parameters())):
-        forward, cached = _pass_that_drops(record, needs_gradient)
+        forward, until_last_saved, cached = _pass_that_drops(record, needs_gradient)
         boundary = record.hidden.numel() * record.hidden.element_size()
-        saved, saves_input, recompute, backward = _pass_that_keeps(record, needs_gradient, boundary)
+        graph, saved, saves_input, recompute, backward = _pass_that_keeps(record, needs_gradient, boundary)
     flops, tail = _count_flops(record, needs_gradient)
     return LayerRun(
         boundary=boundary,
@@ -174,17 +183,25 @@ def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
         saves_input=saves_input,
         forward=forward,
         recompute=recompute,
+        recompute_cut=recompute[:until_last_saved],
         backward=backward,
+        graph=graph,
         cached=cached,
         flops=flops,
         tail_flops=tail,
     )
 
 
-def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int]:
+def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int, int]:
     seed = _seed(needs_gradient)
+    until_last_saved = 0
     with StorageTracker() as tracker:
-        with record.call.surroundings.again(), saved_tensors_hooks(lambda _: None, _unwanted):
+
+        def drop(_: Tensor) -> None:
+            nonlocal until_last_saved
+            until_last_saved = len(tracker.totals)
+
+        with record.call.surroundings.again(), saved_tensors_hooks(drop, _unwanted):
             hidden = _fresh(record.hidden, seed)
             before = tracker.current
             tracker.reset_peak()
@@ -192,10 +209,12 @@ def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], i
             totals = [total - before for total in tracker.totals]
             del output, hidden
             inside = tracker.current
-        return totals, inside - tracker.current
+        return totals, until_last_saved, inside - tracker.current
 
 
-def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tuple[int, bool, list[int], list[int]]:
+def _pass_that_keeps(
+    record: Record, needs_gradient: bool, boundary: int
+) -> tuple[bool, int, bool, list[int], list[int]]:
     seed = _seed(needs_gradient)
     with StorageTracker() as tracker:
         with record.call.surroundings.again():
@@ -206,7 +225,7 @@ def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tup
             output = record.call.run(hidden)
             recompute = [total - before for total in tracker.totals]
             if not output.requires_grad:
-                return 0, False, recompute, [0]
+                return False, 0, False, recompute, [0]
             end = _Sink.apply(output)
             del output, hidden
         saves_input = alive() is not None
@@ -214,7 +233,8 @@ def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tup
         tracker.reset_peak()
         end.backward()
         backward = [total - kept for total in tracker.totals]
-    return kept - end.untyped_storage().nbytes() - saves_input * boundary, saves_input, recompute, backward
+    saved = kept - end.untyped_storage().nbytes() - saves_input * boundary
+    return True, saved, saves_input, recompute, backward
 
 
 def _count_flops(record: Record, needs_gradient: bool) -> tuple[int, int]:

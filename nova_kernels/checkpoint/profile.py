@@ -13,7 +13,8 @@ have a memory-efficient backend there (`use_varlen_attention` does).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,9 +41,11 @@ class LayerProfile:
     saves_input: bool
     forward: Lines
     recompute: Lines
+    recompute_cut: Lines
     backward: Lines
     copies: int  # bytes, as are
     weights: int
+    graph: bool
     flops: tuple[float, float]  # a T + b T^2
     tail_flops: tuple[float, float]
 
@@ -53,11 +56,13 @@ class LayerProfile:
             saves_input=self.saves_input,
             forward=self.forward.at(tokens),
             recompute=self.recompute.at(tokens),
+            recompute_cut=self.recompute_cut.at(tokens),
             backward=self.backward.at(tokens),
             copies=self.copies,
             weights=self.weights,
             flops=max(1, round(self.flops[0] * tokens + self.flops[1] * tokens**2)),
             tail_flops=round(self.tail_flops[0] * tokens + self.tail_flops[1] * tokens**2),
+            graph=self.graph,
         )
 
 
@@ -91,8 +96,8 @@ class Profile:
             ValueError: fewer than one token, or another number than the sample's where bytes are not affine.
         """
         tokens = self.tokens if tokens is None else tokens
-        if tokens < 1:
-            raise ValueError(f"Profile.at: tokens must be at least 1, got {tokens}")
+        if not isinstance(tokens, int) or tokens < 1:
+            raise ValueError(f"Profile.at: tokens must be a whole number of at least 1, got {tokens!r}")
         if self.not_affine is not None and tokens != self.tokens:
             raise ValueError(
                 f"Profile.at: this profile holds for its sample's {self.tokens} tokens only, not for {tokens}: "
@@ -147,7 +152,8 @@ def profile_layers(
     layer_runs: list[list[LayerRun]] = []
     rests: list[RestRun] = []
     groups: list[int] = []
-    with torch.random.fork_rng(devices=_cuda_devices(stack)):
+    modules = [model] if isinstance(model, nn.Module) else stack
+    with torch.random.fork_rng(devices=_cuda_devices(stack)), _buffers_of(modules):
         for each in lengths:
             passed = partial(run, model, shortened(sample, each))
             records = record_calls(stack, passed)
@@ -203,9 +209,11 @@ def _fitted_layer(tokens: list[int], runs: list[LayerRun], weights: int) -> Laye
         saves_input=runs[-1].saves_input,
         forward=Lines.through(tokens, [run.forward for run in runs]),
         recompute=Lines.through(tokens, [run.recompute for run in runs]),
+        recompute_cut=Lines.through(tokens, [run.recompute_cut for run in runs]),
         backward=Lines.through(tokens, [run.backward for run in runs]),
         copies=runs[-1].cached,
         weights=weights,
+        graph=runs[-1].graph,
         flops=_quadratic(tokens, [run.flops for run in runs]),
         tail_flops=_quadratic(tokens, [run.tail_flops for run in runs]),
     )
@@ -254,6 +262,24 @@ def _loss_of_layers(layers: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     for layer in layers:
         hidden = hidden_of(layer(hidden))
     return hidden.sum()
+
+
+@contextmanager
+def _buffers_of(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Running statistics and the like, which forward changes, are put back afterwards."""
+    within = [module for outer in modules for module in outer.modules()]
+    before = [
+        (module, name, buffer, buffer.clone())
+        for module in within
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, value in before:
+                module._buffers[name] = buffer.copy_(value)
 
 
 def _cuda_devices(stack: list[nn.Module]) -> list[torch.device]:

@@ -23,8 +23,10 @@ GRID = 1024  # steps of the budget beyond that
 
 Plan = tuple[tuple[int, ...], tuple[Action, ...]]  # bounds and actions
 
+MOST_TIME = 1 << 60  # in a label, so that sums stay within 64 bits
+
 # Columns of a table of labels, int64 [labels, 8]; the first five are compared, less is better in each.
-TIME, KEPT = range(2)  # FLOPs; bytes
+TIME, KEPT = range(2)  # FLOPs (in units, if there are very many); bytes
 FLIGHT, HOST, COPIES = range(2, 5)  # bytes of an offloaded boundary on its way back; offloaded; minus autocast's copies
 START, ACTION, PREVIOUS = range(5, 8)  # of the last segment: its first layer, its action, the label in front of it
 
@@ -49,6 +51,8 @@ class Program:
         self._limit = None if host is None else host.host_bytes
         # By how much a longer segment may need less: what belongs to the layer behind it is smaller, or not there.
         self._slack = max(layer.boundary + (0 if fsdp is None else layer.weights) for layer in chain.layers)
+        waits = sum(self._host_waits(layer.boundary) for layer in chain.layers)
+        self._unit = max(1, (2 * chain.flops + waits) // MOST_TIME)  # FLOPs of one step in time
         self._steps: dict[tuple[int, int], list[_Step]] = {}
 
     def fastest(self, budget: int) -> Plan | None:
@@ -81,6 +85,9 @@ class Program:
     def _peak(self, plan: Plan) -> int:
         return simulate(self._chain, *plan, fsdp=self._fsdp, host=self._host).peak_bytes
 
+    def _host_waits(self, num_bytes: int) -> int:
+        return (self._host or Host()).exposed_flops(num_bytes, 0) if "offload" in self._actions else 0
+
     def _plain_plans(self) -> Iterator[Plan]:
         """Equal segments that all do the same; some may need more host memory than there is."""
         num_layers = len(self._chain.layers)
@@ -96,7 +103,7 @@ class Program:
             each
             + self._chain.loss
             + self._chain.under_autocast
-            + self._chain.after_loss
+            + max(0, self._chain.after_loss)
             + self._chain.embedding
             + self._chain.fixed
         )
@@ -112,7 +119,8 @@ class Program:
             labels = _undominated(ending[start], budget)
             fronts.append(labels)
             if len(labels):
-                for step in self._fitting(start, budget - int(labels[:, KEPT].min())):
+                room = budget - int(labels[:, KEPT].min()) - self._chain.after_loss
+                for step in self._fitting(start, room):
                     ending[step.stop].append(self._extended(labels, start, step, budget, timed=timed))
         labels = _undominated(ending[-1], budget)
         under_autocast = labels[:, COPIES] + self._chain.under_autocast
@@ -128,7 +136,7 @@ class Program:
             fits &= labels[:, HOST] + cost.host_bytes <= self._limit
         (chosen,) = np.nonzero(fits)
         longer = labels[chosen]
-        longer[:, TIME] += cost.time_flops if timed else 0
+        longer[:, TIME] += cost.time_flops // self._unit if timed else 0
         longer[:, KEPT] += cost.kept
         longer[:, COPIES] -= cost.copies
         if self._actions[step.action] != "keep":  # it starts no copy, and lets one that is under way go on

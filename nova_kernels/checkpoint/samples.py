@@ -42,8 +42,11 @@ def _shortened(name: str, value: Any, full: int, length: int) -> Any:
         return torch.cat([value[value < length], value.new_tensor([length])])
     if name.startswith(("max_length", "max_seqlen")):
         return min(value, length)
-    if isinstance(value, Tensor) and value.ndim >= 2:
-        for dim in range(1, value.ndim):
-            if value.shape[dim] == full:
-                return value.narrow(dim, 0, length)
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    dims = [dim for dim in range(1, value.ndim) if value.shape[dim] == full]
+    if name != "attention_mask" or value.ndim < 4:  # a mask [B, 1, T, T] has queries and keys
+        dims = dims[-1:] if name == "position_ids" else dims[:1]
+    for dim in dims:
+        value = value.narrow(dim, 0, length)
     return value

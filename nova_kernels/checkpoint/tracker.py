@@ -8,8 +8,9 @@ A storage is counted when an operation inside the `with` returns it and none of 
 in-place results are not new, weights and inputs from before are not counted. It ends when the last tensor or graph node
 that holds it is gone. Backward counts, too. Works on every device, and without memory on the meta device.
 
-What an operator allocates and frees inside itself is not seen (workspaces; the chunks of a torch.library operator), nor
-what an allocator rounds up. Every operation takes some microseconds longer.
+Not seen: what an operator allocates and frees inside itself (workspaces; the chunks of a torch.library operator), what
+an allocator rounds up, sparse tensors, tensors made from Python data (`torch.tensor`) or by other threads, and storages
+resized past the dispatcher until an operation returns them. Every operation takes some microseconds longer.
 """
 
 from __future__ import annotations
@@ -51,7 +52,12 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        born = [storage for storage in _storages(result) if storage._cdata not in self._sizes]
+        born = []
+        for storage in _storages(result):
+            if storage._cdata not in self._sizes:
+                born.append(storage)
+            elif storage.nbytes() != self._sizes[storage._cdata]:
+                self._resize(storage)
         if born:
             before = {storage._cdata for storage in _storages((args, kwargs))}
             for storage in born:
@@ -70,6 +76,11 @@ class StorageTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.current)
         # torch keeps the Python object of a storage for as long as the storage lives.
         weakref.finalize(storage, self._forget, address).atexit = False
+
+    def _resize(self, storage: torch.UntypedStorage) -> None:
+        self.current += storage.nbytes() - self._sizes[storage._cdata]
+        self.peak = max(self.peak, self.current)
+        self._sizes[storage._cdata] = storage.nbytes()
 
     def _forget(self, address: int) -> None:
         self.current -= self._sizes.pop(address)
