@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,8 +29,10 @@ OPTIONS = [
     pytest.param({"softcap": 2.0, "causal": False}, id="softcap-both-ways"),
 ]
 
+SENSELESS = [float("nan"), float("inf"), -1.0, 0.0]  # as factors on the scores
 
-def run(inputs: tuple[Tensor, Tensor, Tensor], lengths: list[int], **options: object) -> Tensor:
+
+def run(inputs: Sequence[Tensor], lengths: list[int], **options: object) -> Tensor:
     return varlen_attention(
         *inputs,
         cu_seqlens=cu_seqlens_from_lengths(lengths),
@@ -161,6 +165,45 @@ def test_no_tokens_give_no_output() -> None:
         assert run((q, q[:, :2], q[:, :2, :5]), lengths).shape == (0, 4, 5)
 
 
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_autocast_does_not_cast_everything(which: int, dtype: torch.dtype) -> None:
+    """PyTorch's leaves float64 alone."""
+    inputs = [torch.zeros(6, 2, 4)] * 3
+    inputs[which] = inputs[which].to(dtype)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=f"must have one floating-point dtype, got .*{dtype}"):
+        run(inputs, [4, 2])
+
+
+def test_boundaries_on_the_meta_device_give_shapes() -> None:
+    bounds = cu_seqlens_from_lengths([4, 2]).to("meta")
+    for dtype in (torch.float32, torch.bfloat16):
+        q = torch.zeros(6, 4, 8, dtype=dtype, device="meta", requires_grad=True)
+        k = torch.zeros(6, 2, 8, dtype=dtype, device="meta", requires_grad=True)
+        out = varlen_attention(q, k, k, cu_seqlens=bounds, max_seqlen=4, window=2)
+        dq, dk = torch.autograd.grad(out.sum(), (q, k))
+        assert out.is_meta and out.dtype == dtype and out.shape == dq.shape == q.shape and dk.shape == k.shape
+        with pytest.raises(ValueError, match=r"expected int32 of shape \[S \+ 1\], got torch.int64"):
+            varlen_attention(q, k, k, cu_seqlens=bounds.long(), max_seqlen=4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own forward mode
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+def test_forward_mode_is_refused_and_not_zero(which: int) -> None:
+    inputs = [torch.ones(6, 2, 4) for _ in range(3)]
+
+    def attention(x: Tensor) -> Tensor:
+        return run([*inputs[:which], x, *inputs[which + 1 :]], [4, 2])
+
+    for derivative in (lambda x: torch.func.jvp(attention, (x,), (x,)), torch.func.jacfwd(attention)):
+        with pytest.raises(RuntimeError, match="use reverse mode"):
+            derivative(inputs[which])
+    with torch.autograd.forward_ad.dual_level():
+        assert attention(inputs[which]).shape == (6, 2, 4)
+        with pytest.raises(RuntimeError, match="use reverse mode"):
+            attention(torch.autograd.forward_ad.make_dual(inputs[which], inputs[which]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -174,8 +217,17 @@ def test_no_tokens_give_no_output() -> None:
         pytest.param({"max_seqlen": torch.tensor(4)}, r"max_seqlen must be an int, got Tensor", id="max-seqlen-tensor"),
         pytest.param({"v": torch.zeros(6, 2, 0)}, r"heads need a width, got D = 3, Dv = 0", id="no-width"),
         pytest.param({"v": torch.zeros(6, 2, 3).double()}, r"one floating-point dtype, got .*float64", id="dtypes"),
+        pytest.param({"q": torch.zeros(6, 2, 3).int()}, r"one floating-point dtype, got torch.int32", id="integers"),
         pytest.param({"v": torch.zeros(6, 2, 3).to("meta")}, r"are on cpu, cpu, meta; move them", id="devices"),
         pytest.param({"window": 0}, r"window must be at least 1 token, got 0", id="window"),
+        pytest.param({"window": 1.5}, r"window must be an int, a number of tokens, got 1.5", id="window-float"),
+        pytest.param({"window": True}, r"window must be an int, a number of tokens, got True", id="window-bool"),
+        *(
+            pytest.param(
+                {"softmax_scale": scale}, rf"softmax_scale must be positive and finite, got {scale}", id=str(scale)
+            )
+            for scale in SENSELESS
+        ),
         pytest.param({"softcap": 0.0}, r"softcap must be positive, got 0.0", id="softcap"),
         pytest.param({"backend": "magic"}, r"unknown backend 'magic'", id="backend"),
     ],

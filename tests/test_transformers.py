@@ -151,7 +151,12 @@ def test_two_models_do_not_share_anything() -> None:
             {"cu_seq_lens_q": None, "position_ids": torch.arange(24)[None] + 3}, r"start at \[3\]", id="left-padding"
         ),
         pytest.param(
-            {"cu_seq_lens_q": None, "position_ids": torch.zeros(3, 1, 24).long()}, r"do not tell boundaries", id="3-D"
+            {"cu_seq_lens_q": None, "position_ids": torch.zeros(3, 1, 24).long()},
+            r"position_ids \[3, 1, 24\] do not tell .*, \[1, 24\] would; .* pass cu_seq_lens_q, int32",
+            id="3-D",
+        ),
+        pytest.param(
+            {"cu_seq_lens_q": None, "position_ids": torch.arange(23)[None]}, r"position_ids \[1, 23\] do", id="short"
         ),
         pytest.param({"input_ids": torch.ones(2, 12).long()}, r"one packed row \[1, T\], got \[2, 12\]", id="rows"),
     ],
@@ -225,7 +230,6 @@ def test_boundaries_on_a_device_are_not_read() -> None:
 def test_layers_need_the_forward_hook() -> None:
     model, batch = make_model("llama"), make_batch()
     with use_varlen_attention(model) as handle:
-        assert handle._hook is not None
-        handle._hook.remove()
+        handle._registration.remove()
         with pytest.raises(ValueError, match=r"no boundaries arrived; call the whole model"):
             model(input_ids=batch.input_ids, **batch.attention_kwargs())

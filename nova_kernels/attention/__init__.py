@@ -37,11 +37,12 @@ def varlen_attention(
         q: [T, Hq, D], any float dtype; under torch.autocast its dtype is used.
         k: [T, Hkv, D] with Hq a multiple of Hkv; query head h reads key head h // (Hq / Hkv).
         v: [T, Hkv, Dv].
-        cu_seqlens: int32 [S + 1], boundaries from 0 to T; on the CPU (best) or on the device of q.
+        cu_seqlens: int32 [S + 1], boundaries from 0 to T; on the CPU (best) or on the device of q. On the meta device
+            they have no values, and shapes are all that comes out.
         max_seqlen: tokens of the longest sequence, or an upper bound of it; an int.
         causal: token i sees tokens j <= i only.
         window: tokens that a token sees on one side, itself included (1 = only itself). None = all.
-        softmax_scale: factor on the scores; None is D ** -0.5.
+        softmax_scale: positive factor on the scores; None is D ** -0.5.
         softcap: scores are softcap * tanh(scores / softcap). None = as they are.
         backend: "flash" (the flash-attn package), "torch_varlen" (torch's FlashAttention) or "reference" (PyTorch's
             attention, one sequence at a time); None takes the first of these that can run.
@@ -52,7 +53,8 @@ def varlen_attention(
     Raises:
         ValueError: shapes, dtypes or boundaries disagree, or an option is out of range. Wrong values in boundaries that
             are on a GPU are an assertion there, so that nothing waits (the reference waits, and raises).
-        TypeError: max_seqlen is no int.
+        TypeError: max_seqlen or window is no int.
+        RuntimeError: forward-mode derivatives were asked for (torch.func.jvp, dual tensors).
         BackendUnavailableError: the named backend cannot run these inputs.
     """
     return attend(

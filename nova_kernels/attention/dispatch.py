@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from nova_kernels.attention import flash, ops, torch_varlen
 from nova_kernels.backend import choose
@@ -31,12 +32,14 @@ def attend(
     `on_device` is a copy of cu_seqlens on the device of q whose values were checked, for callers that attend many times
     within the same boundaries; None checks and copies here.
     """
-    _check(q, k, v, cu_seqlens, max_seqlen, window, softcap)
+    _check_shapes(q, k, v)
+    _check_dtypes(q, k, v)
+    _check_derivatives(q, k, v)
+    _check_boundaries(q, cu_seqlens, max_seqlen)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    _check_options(window, scale, softcap)
     q, k, v = _autocast(q, k, v)
     window = None if window is None or window >= max_seqlen else window
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    if not math.isfinite(scale):
-        raise ValueError(f"varlen_attention: softmax_scale must be a finite number, got {scale}; None = D ** -0.5")
     name = choose(
         "varlen_attention",
         backend,
@@ -76,16 +79,20 @@ def boundaries_on(device: torch.device, cu_seqlens: Tensor, num_tokens: int, max
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under torch.autocast, in its dtype, as PyTorch's own attention does."""
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    dtype = _autocast_dtype(q.device)
+    if dtype is None or q.dtype == torch.float64:
         return q, k, v
-    dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int | None, softcap: float | None
-) -> None:
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What torch.autocast casts to on this device; None where it is off."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.ndim == k.ndim == v.ndim == 3:
         raise ValueError(
             "varlen_attention: expected q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, Dv], "
@@ -104,7 +111,9 @@ def _check(
         )
     if width == 0 or v.shape[2] == 0:
         raise ValueError(f"varlen_attention: heads need a width, got D = {width}, Dv = {v.shape[2]}")
-    _check_dtypes(q, k, v)
+
+
+def _check_boundaries(q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type not in ("cpu", q.device.type):
         place = f"on {cu_seqlens.device}" if isinstance(cu_seqlens, Tensor) else f"a {type(cu_seqlens).__name__}"
         raise ValueError(f"varlen_attention: cu_seqlens must be a tensor on the CPU or on {q.device}, it is {place}")
@@ -113,17 +122,40 @@ def _check(
             f"varlen_attention: max_seqlen must be an int, got {type(max_seqlen).__name__}; compute it on the CPU, "
             "with the boundaries"
         )
+
+
+def _check_options(window: int | None, softmax_scale: float, softcap: float | None) -> None:
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
+        raise TypeError(
+            f"varlen_attention: window must be an int, a number of tokens, got {window!r}; None = no window"
+        )
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1 token, got {window}; None = no window")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"varlen_attention: softcap must be positive, got {softcap}; None = no cap")
+    # Kernels scale scores that are masked with -inf already: a scale of 0 or less makes NaN of them.
+    if not 0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"varlen_attention: softmax_scale must be positive and finite, got {softmax_scale}; None = D ** -0.5"
+        )
 
 
 def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.device == k.device == v.device:
         raise ValueError(f"varlen_attention: q, k, v are on {q.device}, {k.device}, {v.device}; move them to one")
-    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type)
-    if not q.is_floating_point() or not (q.dtype == k.dtype == v.dtype or autocast):
+    dtypes = (q.dtype, k.dtype, v.dtype)
+    cast = _autocast_dtype(q.device) is not None and torch.float64 not in dtypes  # autocast leaves float64 alone
+    if not all(dtype.is_floating_point for dtype in dtypes) or not (q.dtype == k.dtype == v.dtype or cast):
         raise ValueError(
-            f"varlen_attention: q, k, v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
+            f"varlen_attention: q, k, v must have one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; "
+            "cast them to one (torch.autocast does, but never float64)"
+        )
+
+
+def _check_derivatives(*inputs: Tensor) -> None:
+    """An operator of torch.library drops tangents without a word: a derivative would be zero."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            "varlen_attention: forward-mode derivatives (torch.func.jvp, jacfwd, dual tensors) are not defined; "
+            "use reverse mode (backward, torch.autograd.grad)"
         )

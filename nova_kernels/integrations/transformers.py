@@ -19,12 +19,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from nova_kernels.attention import count_flops
@@ -40,7 +41,8 @@ def use_varlen_attention(model: PreTrainedModel, backend: str | None = None) -> 
 
     Boundaries come from `cu_seq_lens_q`, else from `position_ids` that start again at 0, else every row of the batch
     is one sequence. The config, which is saved with the model, is left as it was but for its attention implementation,
-    which is never saved.
+    which is never saved. Models that share one config object switch together: attach each of them; the last one to be
+    restored puts the config back.
 
     Args:
         backend: of nova_kernels.attention.varlen_attention; None takes the fastest that can run.
@@ -50,16 +52,40 @@ def use_varlen_attention(model: PreTrainedModel, backend: str | None = None) -> 
         manager it restores on leaving.
 
     Raises:
-        ValueError: the model has it already, or does not take its attention from the AttentionInterface.
+        ValueError: the model has it already, has an encoder and a decoder, mixes tokens outside of its attention, or
+            does not take its attention from the AttentionInterface.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"use_varlen_attention: expected a transformers PreTrainedModel, got {type(model).__name__}; "
             "pass the model inside the wrapper"
         )
-    if model.config._attn_implementation == IMPLEMENTATION:
-        raise ValueError(f"use_varlen_attention: this {type(model).__name__} has it already; use its handle")
+    _check_model(model)
     return VarlenAttentionHandle(model, backend)
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    where = f"use_varlen_attention: {type(model).__name__}"
+    if any(isinstance(hook, _Boundaries) for hook in model.base_model._forward_pre_hooks.values()):
+        raise ValueError(
+            f"{where} has it already; use its handle (a copy of an attached model is attached too: "
+            "to attach it by itself, copy inside `with handle.suspended():`)"
+        )
+    if model.config._attn_implementation == IMPLEMENTATION and not _attached_with(model.config):
+        raise ValueError(
+            f"{where} got its config from an attached model: the attention is set to {IMPLEMENTATION!r}; "
+            'call model.set_attn_implementation("sdpa") first'
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{where}: encoder-decoder models are not supported: keys of the encoder have boundaries of their own; "
+            "use the model's own attention, with one sequence per row"
+        )
+    if mixers := _other_mixers(model):
+        raise ValueError(
+            f"{where} mixes tokens outside of its attention ({mixers}), where packed sequences would see each other; "
+            "give it one sequence per row"
+        )
 
 
 class VarlenAttentionHandle:
@@ -68,8 +94,18 @@ class VarlenAttentionHandle:
     def __init__(self, model: PreTrainedModel, backend: str | None) -> None:
         self._model = model
         self._backend = backend
-        self._own = _implementations(model.config)
-        self._hook: RemovableHandle | None = None
+        self._hook: _Boundaries | None = None
+        sharing = _attached_with(model.config)
+        self._own = sharing[0].own if sharing else _implementations(model.config)
+        AttentionInterface.register(IMPLEMENTATION, _attention)
+        AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+        count_flops()
+        model.set_attn_implementation(IMPLEMENTATION)
+        if model.config._attn_implementation != IMPLEMENTATION:
+            raise ValueError(
+                f"use_varlen_attention: {type(model).__name__} does not take its attention from the "
+                f"AttentionInterface of transformers, it stays on {model.config._attn_implementation!r}"
+            )
         self._attach()
 
     @property
@@ -80,39 +116,39 @@ class VarlenAttentionHandle:
     def restore(self) -> None:
         """Put the model's own attention back; calling it twice is harmless."""
         if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-            self._model.set_attn_implementation(self._own)
+            self._detach(self._hook)
+            if not _attached_with(self._model.config):
+                self._model.set_attn_implementation(self._own)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """The model's own attention inside a `with`; what was attached is attached again afterwards."""
-        was_attached = self.attached
-        self.restore()
+        """The model's own attention inside a `with`; what was attached is attached again afterwards.
+
+        Other attached models that share its config cannot run meanwhile, and say so.
+        """
+        if self._hook is None:
+            yield
+            return
+        before = _implementations(self._model.config)
+        self._detach(self._hook)
+        self._model.set_attn_implementation(self._own)
         try:
             yield
         finally:
-            if was_attached and not self.attached:
-                self._attach()
+            self._model.set_attn_implementation(before)
+            self._attach()
 
     def _attach(self) -> None:
-        if mixers := _other_mixers(self._model):
-            raise ValueError(
-                f"use_varlen_attention: {type(self._model).__name__} mixes tokens outside of its attention ({mixers}), "
-                "where packed sequences would see each other; give it one sequence per row"
-            )
-        AttentionInterface.register(IMPLEMENTATION, _attention)
-        AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-        count_flops()
-        self._model.set_attn_implementation(IMPLEMENTATION)
-        if self._model.config._attn_implementation != IMPLEMENTATION:
-            raise ValueError(
-                f"use_varlen_attention: {type(self._model).__name__} does not take its attention from the "
-                f"AttentionInterface of transformers, it stays on {self._model.config._attn_implementation!r}"
-            )
         base = self._model.base_model
         names = tuple(inspect.signature(base.forward).parameters)
-        self._hook = base.register_forward_pre_hook(_Boundaries(names, self._backend), with_kwargs=True)
+        self._hook = _Boundaries(names, self._backend, self._model.config, self._own)
+        self._registration = base.register_forward_pre_hook(self._hook, with_kwargs=True)
+        _hooks().add(self._hook)
+
+    def _detach(self, hook: _Boundaries) -> None:
+        self._registration.remove()
+        _hooks().discard(hook)
+        self._hook = None
 
     def __enter__(self) -> VarlenAttentionHandle:
         return self
@@ -134,9 +170,11 @@ def _other_mixers(model: PreTrainedModel) -> str:
 class _Boundaries:
     """Forward pre-hook of the base model: settles the boundaries once, for all layers."""
 
-    def __init__(self, names: tuple[str, ...], backend: str | None) -> None:
+    def __init__(self, names: tuple[str, ...], backend: str | None, config: Any, own: str | dict[str, Any]) -> None:
         self.names = names
         self.backend = backend
+        self.config = config
+        self.own = own  # attention implementation of the config before any model that shares it was attached
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -180,6 +218,17 @@ class _Boundaries:
         return (), kwargs
 
 
+@lru_cache(maxsize=1)
+def _hooks() -> WeakSet[_Boundaries]:
+    """Of all models that are attached."""
+    return WeakSet()
+
+
+def _attached_with(config: Any) -> list[_Boundaries]:
+    """Hooks of the attached models that share this config object."""
+    return [hook for hook in _hooks() if hook.config is config]
+
+
 def _check_keys(where: str, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> None:
     """Keys have the boundaries of the queries. Compared on the CPU only: elsewhere that would wait for the device."""
     if cu_seqlens_k is None or not cu_seqlens.device.type == cu_seqlens_k.device.type == "cpu":
@@ -201,8 +250,11 @@ def _boundaries(where: str, tokens: Tensor, position_ids: Tensor | None) -> Tens
     rows, length = tokens.shape[:2]
     if position_ids is None:
         return cu_seqlens_from_lengths([length] * rows)
-    if position_ids.ndim != 2:
-        raise ValueError(f"{where}: position_ids {list(position_ids.shape)} do not tell boundaries; pass cu_seq_lens_q")
+    if tuple(position_ids.shape) not in ((1, length), (rows, length)):
+        raise ValueError(
+            f"{where}: position_ids {list(position_ids.shape)} do not tell where sequences start, {[rows, length]} "
+            "would; beside positions of several axes, as models of images have them, pass cu_seq_lens_q, int32 [S + 1]"
+        )
     if position_ids.is_meta:
         raise ValueError(f"{where}: position_ids on the meta device have no values; pass cu_seq_lens_q, on the CPU")
     position_ids = position_ids.expand(rows, length)
@@ -285,8 +337,8 @@ def _attention(
         raise ValueError(f"{where}: varlen attention has no attention sinks; use the model's own attention")
     if cu_seq_lens_q is None or varlen_boundaries is None:
         raise ValueError(
-            f"{where}: no boundaries arrived; call the whole model (its forward hook settles them), or "
-            "use the model's own attention if it does not hand its arguments to its layers"
+            f"{where}: no boundaries arrived; call the whole model (its forward hook settles them), attach it if it "
+            "shares the config of an attached one, or use its own attention if it does not hand arguments to its layers"
         )
     rows, _heads, length, _width = query.shape
     q, k, v = (x.transpose(1, 2).reshape(rows * length, x.shape[1], x.shape[3]) for x in (query, key, value))
