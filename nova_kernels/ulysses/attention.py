@@ -1,0 +1,303 @@
+"""Attention over a packed row that the ranks of a group hold in parts: local shards in, local shard out.
+
+    q, k, v [t, H, D]  --one exchange-->  [T, hq, D], [T, hkv, D], [T, hkv, D]     all tokens, some heads
+    varlen_attention over all tokens, with the boundaries of the whole row
+    out [T, hq, D]     --one exchange-->  [t, Hq, D]                                 some tokens, all heads
+
+It is the same attention: no head and no token is treated differently because of the ranks.
+"""
+
+# Shape suffixes: t = tokens of this rank, T = tokens of all, P = ranks, Hq and Hkv = heads of the whole model, hq and
+# hkv = heads that this rank computes, D = head width, S = sequences.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nova_kernels.attention.dispatch import attend, boundaries_on
+from nova_kernels.ulysses.collective import Arrive, Collect, Depart, Route, Spread
+from nova_kernels.ulysses.pack import rotate
+from nova_kernels.ulysses.plan import HeadPlan, HeadRun, TokenPlan
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    group: dist.ProcessGroup,
+    head_plan: HeadPlan | None = None,
+    token_plan: TokenPlan | None = None,
+    chunks: int = 1,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softmax_scale: float | None = None,
+    softcap: float | None = None,
+    backend: str | None = None,
+    on_device: Tensor | None = None,
+) -> Tensor:
+    """Attention of each packed sequence to itself; the row's tokens are spread over the ranks of a group.
+
+    All ranks call it together, with the same boundaries, plans and options. A rank that finds a mistake in what all of
+    them share raises before anything is sent, and so do the others; one that finds it in its own tensors (its number of
+    tokens, their dtypes) raises alone, and the others wait for it until the group's timeout or the launcher ends them.
+
+    Args:
+        q: [t, Hq, D], this rank's tokens, all heads; any strides, a view of a fused projection for instance.
+        k, v: [t, Hkv, D] with Hq a multiple of Hkv.
+        cu_seqlens: int32 [S + 1], boundaries of the WHOLE row, from 0 to T, as its packing made them; best on the CPU.
+        max_seqlen: tokens of the longest sequence of the whole row, or an upper bound of it.
+        group: the ranks that share the row. Of one rank: this is varlen_attention.
+        head_plan: which heads each rank computes; None = HeadPlan.build(Hq, Hkv, P).
+        token_plan: which tokens each rank holds; None = TokenPlan.build(T, P), with cu_seqlens on the CPU.
+        chunks: exchanges that q, k, v are sent in, and the output; while one is computed others are on their way.
+        cos, sin: [t, D], rotate q and k by their tokens' positions on the way, in halves as Hugging Face models do; no
+            gradient flows to them. None = as they are.
+        causal, window, softmax_scale, softcap, backend: as in varlen_attention.
+        on_device: a checked copy of cu_seqlens on the device of q, for callers with many layers; None makes one.
+
+    Returns:
+        [t, Hq, D] in the dtype of q (under torch.autocast in its dtype). Its backward has to run on every rank, also on
+        one whose tokens are all ignored by the loss.
+
+    Raises:
+        ValueError: shapes, dtypes, boundaries, plans and group disagree, or an option is out of range.
+        BackendUnavailableError: the named backend cannot run these inputs.
+    """
+    q, k, v = _autocast(q, k, v)
+    options: dict[str, Any] = {
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": max_seqlen,
+        "causal": causal,
+        "window": window,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "backend": backend,
+    }
+    head_plan, token_plan = _plans(q, k, cu_seqlens, group, head_plan, token_plan)
+    _check(q, k, v, head_plan, token_plan, group, cos, sin)
+    if head_plan.world_size == 1:
+        if cos is not None and sin is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        return attend(q, k, v, **options, on_device=on_device)
+    if on_device is None:
+        on_device = boundaries_on(q.device, cu_seqlens, token_plan.num_tokens, max_seqlen)
+    blocks, rank, width = head_plan.split(chunks), dist.get_rank(group), q.shape[2]
+    if any(not head_plan.q_heads(p) for p in range(head_plan.world_size)):
+        _check_options(q.dtype, width, options)
+    way = Route(group, head_plan, token_plan, blocks, width, keys=True, cos=cos, sin=sin)
+    back = Route(group, head_plan, token_plan, blocks, width, keys=False)
+    tokens = Spread.apply(way, q, k, v)
+    arrived: list[tuple[Tensor, Tensor]] = []  # keys and values of each chunk
+    departed = []
+    for chunk, runs in enumerate(head_plan.runs(rank, chunks)):
+        heads, *keys = Arrive.apply(way, chunk, tokens[chunk])
+        arrived.append((keys[0], keys[1]))
+        out = _attend_runs(heads, arrived, runs, {**options, "on_device": on_device})
+        departed.append(Depart.apply(back, chunk, out))
+    result: Tensor = Collect.apply(back, *departed)
+    return result
+
+
+def scatter_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    token_plan: TokenPlan,
+    head_plan: HeadPlan | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From all heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all.
+
+    For those who bring their own attention: head_plan.kv_index(rank) tells which key head a query head reads.
+
+    Args:
+        q, k, v, group, head_plan, token_plan, cos, sin: as in `ulysses_attention`.
+
+    Returns:
+        q [T, hq, D], k [T, hkv, D], v [T, hkv, D]: views of one buffer, in the order of the packed row. Their
+        gradients go back the same way; those of copied key heads are summed.
+
+    Raises:
+        ValueError: shapes, dtypes, plans and group disagree.
+    """
+    head_plan = _head_plan(q, k, token_plan.world_size) if head_plan is None else head_plan
+    _check(q, k, v, head_plan, token_plan, group, cos, sin)
+    if head_plan.world_size == 1:
+        return (q, k, v) if cos is None or sin is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
+    route = Route(group, head_plan, token_plan, head_plan.split(), q.shape[2], keys=True, cos=cos, sin=sin)
+    (token,) = Spread.apply(route, q, k, v)
+    heads: tuple[Tensor, Tensor, Tensor] = Arrive.apply(route, 0, token)
+    return heads
+
+
+def gather_heads(out: Tensor, *, group: dist.ProcessGroup, head_plan: HeadPlan, token_plan: TokenPlan) -> Tensor:
+    """From this rank's heads of all tokens to all heads of this rank's tokens, in one all-to-all.
+
+    Args:
+        out: [T, hq, D], hq = len(head_plan.q_heads(rank)); a rank without heads passes [T, 0, D], made of what
+            scatter_heads gave it, so that its backward takes part.
+        group, head_plan, token_plan: as in `ulysses_attention`.
+
+    Returns:
+        [t, Hq, D].
+
+    Raises:
+        ValueError: the shape, plans and group disagree.
+    """
+    rank = _check_group(group, head_plan, token_plan)
+    heads = len(head_plan.q_heads(rank))
+    if out.ndim != 3 or out.shape[:2] != (token_plan.num_tokens, heads):
+        raise ValueError(
+            f"gather_heads: rank {rank} computes {heads} heads of {token_plan.num_tokens} tokens, expected "
+            f"[{token_plan.num_tokens}, {heads}, D], got {list(out.shape)}"
+        )
+    if head_plan.world_size == 1:
+        return out
+    route = Route(group, head_plan, token_plan, head_plan.split(), out.shape[2], keys=False)
+    result: Tensor = Collect.apply(route, Depart.apply(route, 0, out))
+    return result
+
+
+def _attend_runs(
+    q: Tensor, arrived: list[tuple[Tensor, Tensor]], runs: list[HeadRun], options: dict[str, Any]
+) -> Tensor:
+    """Attention of one chunk's heads [T, hq, D], in one call for every stretch of equal groups."""
+    if not runs:
+        return q  # [T, 0, D], and part of the graph
+    outputs = []
+    for run in runs:
+        k, v = (_heads(x, run.kv) for x in arrived[run.source])
+        outputs.append(attend(_heads(q, run.q), k, v, **options))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _heads(x: Tensor, part: slice) -> Tensor:
+    """x[:, part]; all heads are x itself, whose gradient then needs no copy."""
+    return x if part == slice(0, x.shape[1]) else x[:, part]
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast, in its dtype before anything is sent, as varlen_attention would cast it afterwards."""
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _plans(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor,
+    group: dist.ProcessGroup,
+    head_plan: HeadPlan | None,
+    token_plan: TokenPlan | None,
+) -> tuple[HeadPlan, TokenPlan]:
+    """The plans for this call, from what all ranks share."""
+    size = _size_of(group)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
+        raise ValueError(
+            f"ulysses_attention: cu_seqlens must be int32 of shape [S + 1], got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)}; pass the boundaries of the whole row, from cu_seqlens_from_lengths"
+        )
+    if token_plan is None and size == 1:
+        token_plan = TokenPlan((q.shape[0],))
+    elif token_plan is None:
+        if cu_seqlens.device.type != "cpu":
+            raise ValueError(
+                f"ulysses_attention: cu_seqlens is on {cu_seqlens.device}, where reading T would wait; keep it on the "
+                f"CPU, or pass token_plan=TokenPlan.build(T, {size})"
+            )
+        token_plan = TokenPlan.build(int(cu_seqlens[-1]), size)
+    elif cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != token_plan.num_tokens:
+        raise ValueError(
+            f"ulysses_attention: cu_seqlens ends at {int(cu_seqlens[-1])}, the token plan at {token_plan.num_tokens}; "
+            "cu_seqlens is about the whole row, not about this rank's part"
+        )
+    return _head_plan(q, k, size) if head_plan is None else head_plan, token_plan
+
+
+def _head_plan(q: Tensor, k: Tensor, world_size: int) -> HeadPlan:
+    return HeadPlan.build(q.shape[-2], k.shape[-2], world_size)
+
+
+def _size_of(group: dist.ProcessGroup) -> int:
+    if dist.get_rank(group) < 0:
+        raise ValueError("ulysses: this process is not in the group; pass the group that shares its packed row")
+    return dist.get_world_size(group)
+
+
+def _check_group(group: dist.ProcessGroup, head_plan: HeadPlan, token_plan: TokenPlan) -> int:
+    """This process's rank in the group."""
+    size = _size_of(group)
+    if not size == head_plan.world_size == token_plan.world_size:
+        raise ValueError(
+            f"ulysses: the group has {size} ranks, the head plan is for {head_plan.world_size} and the token plan for "
+            f"{token_plan.world_size}; build both with dist.get_world_size(group)"
+        )
+    return dist.get_rank(group)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_plan: HeadPlan,
+    token_plan: TokenPlan,
+    group: dist.ProcessGroup,
+    cos: Tensor | None,
+    sin: Tensor | None,
+) -> None:
+    """Shared facts first: what they refuse, every rank refuses."""
+    rank = _check_group(group, head_plan, token_plan)
+    heads, kv_heads = head_plan.num_heads, head_plan.num_kv_heads
+    if not q.ndim == k.ndim == v.ndim == 3 or (q.shape[1], k.shape[1], v.shape[1]) != (heads, kv_heads, kv_heads):
+        raise ValueError(
+            f"ulysses: the head plan is for {heads} query and {kv_heads} key heads, expected q [t, {heads}, D] and "
+            f"k, v [t, {kv_heads}, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    if not q.shape[2] == k.shape[2] == v.shape[2]:
+        raise ValueError(
+            f"ulysses: q, k, v share one buffer and need one head width, got {q.shape[2]}, {k.shape[2]}, {v.shape[2]}"
+        )
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        raise ValueError(
+            "ulysses: q, k, v must have one floating-point dtype and one device, got "
+            f"{q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
+        )
+    if (cos is None) != (sin is None):
+        raise ValueError("ulysses: cos and sin rotate together; pass both or neither")
+    if (
+        cos is not None
+        and sin is not None
+        and (not cos.shape == sin.shape == (q.shape[0], q.shape[2]) or q.shape[2] % 2)
+    ):
+        raise ValueError(
+            f"ulysses: cos and sin must be [{q.shape[0]}, {q.shape[2]}], for this rank's tokens and an even width, got "
+            f"{list(cos.shape)} and {list(sin.shape)}"
+        )
+    start, end = token_plan.bounds(rank)
+    if not q.shape[0] == k.shape[0] == v.shape[0] == end - start:
+        raise ValueError(
+            f"ulysses: rank {rank} holds the {end - start} tokens {start} to {end} of {token_plan.num_tokens}, got "
+            f"{q.shape[0]}, {k.shape[0]}, {v.shape[0]} in q, k, v; shard the row with this token plan"
+        )
+
+
+def _check_options(dtype: torch.dtype, width: int, options: dict[str, Any]) -> None:
+    """Refuse wrong options before anything is sent: a rank without heads never calls attention, and would wait."""
+    nothing = torch.empty(0, 1, width, dtype=dtype)
+    row = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "backend": "reference"}
+    attend(nothing, nothing, nothing, **{**options, **row})

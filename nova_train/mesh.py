@@ -1,0 +1,239 @@
+"""The ranks of one run: dp groups, each with its own micro-batches, of sp ranks that share every row of tokens.
+
+    rank = dp_rank * sp + sp_rank                    world size = dp * sp
+
+One process is a mesh of one rank, and nothing here then talks to anybody. More are started by torchrun, or anything that
+sets its variables; they differ in nothing but the launch command. What all ranks must agree on goes through here: which
+micro-batches are whose, sums of counts, what the first rank alone reads or writes, and a mistake that one of them sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nova_kernels.ulysses import TokenPlan
+from nova_train.values import ConfigError
+
+log = logging.getLogger(__name__)
+
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
+
+# How long the others wait for what one rank does alone (a stage that runs on one rank, files of a slow disk). A rank
+# that dies is noticed by the launcher, which ends the others; nobody waits for this time.
+PATIENCE = timedelta(days=7)
+
+
+class RankError(RuntimeError):
+    """Another rank failed; its own message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat(Generic[ItemT]):
+    """A micro-batch that another rank counts: it runs so that all ranks run equally many, and adds nothing."""
+
+    item: ItemT
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mesh:
+    """This process among the ranks of a run."""
+
+    dp: int = 1  # groups that have micro-batches of their own
+    sp: int = 1  # ranks that share a row
+    rank: int = 0
+    devices: DeviceMesh | None = None  # [dp, sp]; None: one process
+    patient: Any = None  # a group for what one rank does alone
+
+    @property
+    def size(self) -> int:
+        return self.dp * self.sp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp
+
+    @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def sequence_group(self) -> Any:
+        """The ranks that share this rank's rows; None: it has them to itself."""
+        return None if self.devices is None or self.sp == 1 else self.devices["sp"].get_group()
+
+    @property
+    def all_ranks(self) -> DeviceMesh | None:
+        """One dimension of all ranks, over which weights are sharded; None: one process."""
+        return None if self.devices is None else self.devices._flatten("ranks")
+
+    def share(self, items: Sequence[ItemT]) -> list[ItemT | Repeat[ItemT]]:
+        """This rank's part of the items of a step: every dp-th one, with repeats so that all get equally many."""
+        rounds = -(-len(items) // self.dp)
+        places = [turn * self.dp + self.dp_rank for turn in range(rounds)]
+        return [items[place] if place < len(items) else Repeat(items[0]) for place in places]
+
+    def own_tokens(self, num_tokens: int) -> slice:
+        """Where this rank's tokens lie in a row of T."""
+        return slice(*TokenPlan.build(num_tokens, self.sp).bounds(self.sp_rank))
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the dp groups; all ranks give the same names."""
+        if self.devices is None:
+            return dict(values)
+        mine = torch.tensor([value if self.sp_rank == 0 else 0.0 for value in values.values()], dtype=torch.float64)
+        dist.all_reduce(mine)
+        return dict(zip(values, mine.tolist(), strict=True))
+
+    def sum_over_sequence(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that share a row; differentiable: the loss is the sum of what all of them make of it."""
+        summed: Tensor = values if self.sequence_group is None else _Sum.apply(values, self.sequence_group)
+        return summed
+
+    def gather(self, value: ItemT) -> list[ItemT]:
+        """Every rank's value, in their order, on all ranks."""
+        if self.devices is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.devices is None:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found)
+
+    def on_main(self, function: Callable[..., ResultT], *args: Any, **kwargs: Any) -> ResultT:
+        """What the first rank alone does; all get its result, and all fail where it does.
+
+        Raises:
+            RankError: on the other ranks, whatever it was.
+        """
+        if self.devices is None:
+            return function(*args, **kwargs)
+        answer: list[Any] = [None, None]
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                answer[0] = function(*args, **kwargs)
+            except BaseException as error:
+                failure, answer[1] = error, type(error).__name__
+        dist.broadcast_object_list(answer, src=0, group=self.patient)
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise RankError(f"rank 0 stopped with {answer[1]}")
+        result: ResultT = answer[0]
+        return result
+
+    def require_same(self, what: str, value: object) -> None:
+        """Refuse ranks that were given different things.
+
+        Raises:
+            ConfigError: on every rank, naming the first that differs.
+        """
+        found = self.gather(value)
+        for rank, theirs in enumerate(found):
+            if theirs != found[0]:
+                raise ConfigError(
+                    f"{what}: rank {rank} has {theirs!r}, rank 0 has {found[0]!r}; all ranks need the same files, "
+                    "keys and versions"
+                )
+
+
+def join(sequence_parallel_size: int = 1, *, device: str = "cpu") -> Mesh:
+    """The mesh of this process: of one rank, or of all that the launcher started.
+
+    Raises:
+        ConfigError: sequence_parallel_size does not divide the number of ranks; more ranks than GPUs on this machine;
+            a torch that cannot connect GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size % sequence_parallel_size:
+        raise ConfigError(
+            f"sequence_parallel_size {sequence_parallel_size} does not divide the {size} ranks that were started; start "
+            "a multiple of it (torchrun --nproc-per-node), or choose another"
+        )
+    if size == 1:
+        return Mesh()
+    if not dist.is_initialized():
+        _connect(device)
+    devices = init_device_mesh(
+        device, (size // sequence_parallel_size, sequence_parallel_size), mesh_dim_names=("dp", "sp")
+    )
+    return Mesh(
+        dp=size // sequence_parallel_size,
+        sp=sequence_parallel_size,
+        rank=dist.get_rank(),
+        devices=devices,
+        patient=_patient_group(),
+    )
+
+
+def leave() -> None:
+    """Take leave of the others, at the end of a process."""
+    global _patient
+    _patient = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+_patient: Any = None  # of the process group that was made last: one for all stages of a process
+
+
+def _patient_group() -> Any:
+    global _patient
+    if _patient is None:
+        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient
+
+
+def _connect(device: str) -> None:
+    if device != "cuda":
+        dist.init_process_group("gloo")
+        return
+    if not dist.is_nccl_available():
+        raise ConfigError("device: cuda on several ranks needs a torch with NCCL; install one, or use device: cpu")
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= gpus:
+        raise ConfigError(
+            f"device: cuda: this machine was given rank {local + 1} of its own and has {gpus} GPUs; start one rank per "
+            "GPU (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local)
+    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local))
+
+
+class _Sum(torch.autograd.Function):
+    """All-reduce; its adjoint is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -1,0 +1,281 @@
+"""What four gloo processes compute for the tests of Ulysses, started once: every case in a group of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from attention_truth import one_mask
+from nova_kernels.backend import why_not_triton
+from nova_kernels.ulysses import (
+    HeadPlan,
+    SequenceShards,
+    TokenPlan,
+    attention,
+    collective,
+    gather_heads,
+    pack,
+    scatter_heads,
+    ulysses_attention,
+)
+from nova_kernels.ulysses.collective import Route
+from nova_kernels.varlen import cu_seqlens_from_lengths
+from ulysses_ranks import CASES, GROUPS, HEADS, LENGTHS, WIDTH, Case, Layer, counting, inputs, on_ranks
+
+WORLD = 4
+STACK = ((14, 2), (8, 8), (3, 1))
+TRITON = Case(GROUPS[2], 14, 2, torch.float32, chunks=2, rotated=True)
+
+
+def _last_copy(buffer: Tensor, blocks: Any, **sizes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """pack.unpack_heads, but copies of a key head replace each other."""
+    q, k, v = _UNPACK(buffer, blocks, **sizes)
+    for block, part in zip(blocks, pack._parts(buffer, blocks, sizes["num_tokens"], sizes["head_dim"]), strict=True):
+        keys = slice(block.kv_start, block.kv_end)
+        _, k[:, keys], v[:, keys] = part.split([block.heads, block.kv_heads, block.kv_heads], dim=1)
+    return q, k, v
+
+
+def _cut_at_shards(case: Case) -> Tensor:
+    """Boundaries as if a document ended where a shard ends."""
+    edges = {end for rank in range(len(case.ranks)) for end in case.token_plan.bounds(rank)}
+    return torch.tensor(sorted({*edges, *cu_seqlens_from_lengths(case.lengths).tolist()}), dtype=torch.int32)
+
+
+_UNPACK = pack.unpack_heads
+BROKEN = Case((0, 1, 2, 3), 8, 2)
+
+
+def broken(group: dist.ProcessGroup) -> dict[str, Any]:
+    """Results of the mistakes that the comparison has to notice."""
+    pack.unpack_heads = _last_copy
+    try:
+        found = {"copies not summed": on_ranks(BROKEN, group)}
+    finally:
+        pack.unpack_heads = _UNPACK
+    found["cut at shards"] = on_ranks(BROKEN, group, _cut_at_shards(BROKEN))
+    return found
+
+
+def adjoint(case: Case, group: dist.ProcessGroup) -> dict[str, tuple[float, float]]:
+    """<S x, y> and <x, S' y> over all ranks, for both halves; S' is what autograd makes of S."""
+    rank, tokens = dist.get_rank(group), case.tokens
+    start, end = case.token_plan.bounds(rank)
+    generator = torch.Generator().manual_seed(rank)
+    plans = {"group": group, "head_plan": case.head_plan, "token_plan": case.token_plan}
+
+    def dots(operation: Callable[..., Any], x: list[Tensor]) -> tuple[float, float]:
+        out = operation(*x, **plans)
+        y = [out] if isinstance(out, Tensor) else list(out)
+        weights = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in y]
+        products = [(a * b).sum() for a, b in zip(y, weights, strict=True)]
+        gradients = torch.autograd.grad(y, x, weights)
+        both = torch.stack([sum(products), sum((a * b).sum() for a, b in zip(x, gradients, strict=True))])
+        dist.all_reduce(both, group=group)
+        return both[0].item(), both[1].item()
+
+    def random(count: int, heads: int) -> Tensor:
+        return torch.randn(count, heads, WIDTH, generator=generator, dtype=case.dtype).requires_grad_()
+
+    local = [random(end - start, heads) for heads in (case.heads, case.kv_heads, case.kv_heads)]
+    computed = random(tokens, len(case.head_plan.q_heads(rank)))
+    return {"scatter": dots(scatter_heads, local), "gather": dots(gather_heads, [computed])}
+
+
+def own_attention(case: Case, group: dist.ProcessGroup) -> tuple[float, float]:
+    """scatter_heads, an attention that wants as many key as query heads, gather_heads: the loss, and by one mask."""
+    rank, generator = dist.get_rank(group), torch.Generator().manual_seed(1)
+    whole = [
+        torch.randn(case.tokens, heads, WIDTH, generator=generator, dtype=case.dtype)
+        for heads in (case.heads, case.kv_heads, case.kv_heads)
+    ]
+    start, end = case.token_plan.bounds(rank)
+    plans = {"group": group, "head_plan": case.head_plan, "token_plan": case.token_plan}
+    q, k, v = scatter_heads(*(x[start:end] for x in whole), **plans)
+    index = list(case.head_plan.kv_index(rank))
+    out = gather_heads(one_mask(q, k[:, index], v[:, index], list(case.lengths)), **plans)
+    return (out - one_mask(*whole, list(case.lengths))[start:end]).abs().max().item(), out.abs().max().item()
+
+
+def backward_twice(case: Case, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Input gradients of two backward passes through one graph."""
+    layer, (x, *_), rank = Layer(case), inputs(case), dist.get_rank(group)
+    x = x[slice(*case.token_plan.bounds(rank))].clone().requires_grad_()
+    boundaries = {"cu_seqlens": cu_seqlens_from_lengths(case.lengths), "max_seqlen": max(case.lengths)}
+    loss = layer(x, partial(ulysses_attention, group=group, chunks=2, **boundaries)).square().sum()
+    return torch.autograd.grad(loss, x, retain_graph=True)[0], torch.autograd.grad(loss, x)[0]
+
+
+def gathered(case: Case, group: dist.ProcessGroup) -> list[Tensor]:
+    """Rows that were cut and put together again, along either dimension."""
+    shards = SequenceShards(case.token_plan, dist.get_rank(group))
+    fields = {
+        "input_ids": torch.arange(case.tokens)[None],
+        "inputs_embeds": torch.arange(case.tokens * 2.0).view(-1, 2),
+    }
+    mine = shards.shard(fields)
+    return [shards.gather(mine["input_ids"], group, dim=1), shards.gather(mine["inputs_embeds"], group)]
+
+
+def refusals(group: dist.ProcessGroup, other: dist.ProcessGroup) -> dict[str, str]:
+    """What each mistake is answered with, on this rank. Nothing is sent, so the group works afterwards."""
+    rank, cu_seqlens = dist.get_rank(group), cu_seqlens_from_lengths(LENGTHS)
+    start, end = TokenPlan.build(37, WORLD).bounds(rank)
+    q, k, v = (torch.randn(end - start, heads, WIDTH) for heads in (3, 1, 1))
+    good = {"cu_seqlens": cu_seqlens, "max_seqlen": 17, "group": group}
+    mistakes: dict[str, dict[str, Any]] = {
+        "tokens": {"q": torch.randn(37, 3, WIDTH)},
+        "heads": {"head_plan": HeadPlan.build(6, 3, WORLD)},
+        "key heads": {"k": torch.randn(end - start, 2, WIDTH)},
+        "width": {"v": torch.randn(end - start, 1, 2 * WIDTH)},
+        "dtype": {"k": k.double()},
+        "shape": {"q": q[0]},
+        "head plan": {"head_plan": HeadPlan.build(3, 1, 2)},
+        "token plan": {"token_plan": TokenPlan.build(37, 2)},
+        "boundaries dtype": {"cu_seqlens": cu_seqlens.long()},
+        "boundaries of a shard": {"cu_seqlens": cu_seqlens[:3], "token_plan": TokenPlan.build(37, 4)},
+        "boundaries decrease": {"cu_seqlens": torch.tensor([0, 38, 37], dtype=torch.int32)},
+        "boundaries elsewhere": {"cu_seqlens": cu_seqlens.to("meta")},
+        "max_seqlen": {"max_seqlen": 16},
+        "chunks": {"chunks": 2},
+        "window": {"window": 0},
+        "softcap": {"softcap": -1.0},
+        "cos alone": {"cos": torch.ones(end - start, WIDTH)},
+        "cos of the row": {"cos": torch.ones(37, WIDTH), "sin": torch.ones(37, WIDTH)},
+        "not in the group": {"group": other},
+    }  # fmt: skip
+    said = {}
+    with counting() as counted:
+        for name, mistake in mistakes.items():
+            if name != "not in the group" or rank >= 2:
+                given = {"q": q, "k": k, "v": v, **good, **mistake}
+                try:
+                    ulysses_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+                except ValueError as error:
+                    said[name] = str(error)
+        try:
+            gather_heads(q, group=group, head_plan=HeadPlan.build(3, 1, WORLD), token_plan=TokenPlan.build(37, WORLD))
+        except ValueError as error:
+            said["gather"] = str(error)
+        for name, (count, where) in {"rows": (37, group), "rank": (end - start, other)}.items():
+            try:
+                SequenceShards(TokenPlan.build(37, WORLD), rank).gather(torch.zeros(count), where)
+            except ValueError as error:
+                said[f"gather {name}"] = str(error)
+    return said if not counted.calls else {}
+
+
+def stack(group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Two layers and one beside them, of different heads: all weight gradients, and the loss. None = one process."""
+    torch.manual_seed(3)
+    case = Case(GROUPS[2], 1, 1)
+    x, targets, *_ = inputs(case)
+    first, second, beside = layers = [Layer(Case(GROUPS[2], *heads)) for heads in STACK]
+
+    def attention(chunks: int) -> Callable[..., Tensor]:
+        if group is None:
+            return partial(one_mask, lengths=list(LENGTHS))
+        boundaries = {"cu_seqlens": cu_seqlens_from_lengths(LENGTHS), "max_seqlen": max(LENGTHS)}
+        return partial(ulysses_attention, group=group, chunks=chunks, **boundaries)
+
+    mine = slice(None) if group is None else slice(*case.token_plan.bounds(dist.get_rank(group)))
+    y = second(torch.tanh(first(x[mine], attention(3))), attention(2)) + beside(x[mine], attention(1))
+    loss = ((y - targets[mine]) ** 2).sum()
+    found = [loss.detach(), *torch.autograd.grad(loss, [p for layer in layers for p in layer.parameters()])]
+    for value in found if group is not None else ():
+        dist.all_reduce(value, group=group)
+    return found
+
+
+def order_of_chunks(group: dist.ProcessGroup) -> tuple[list[str], list[str]]:
+    """What happens one after the other in a layer of two chunks: forward, backward."""
+    case, seen = Case(GROUPS[2], 8, 8), []
+    x, rank = inputs(case)[0], dist.get_rank(group)
+    begin, finish, attend = Route._begin, Route._finish, attention.attend
+
+    class Attended(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, out: Tensor) -> Tensor:
+            seen.append("attend")
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            seen.append("attend")
+            return gradient
+
+    def say(what: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(route: Route, chunk: int, *rest: Any) -> Any:
+            seen.append(f"{what} {'qkv' if route.local['num_kv_heads'] else 'out'} {chunk}")
+            return own(route, chunk, *rest)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Route, "_begin", say("begin", begin))
+        patch.setattr(Route, "_finish", say("wait for", finish))
+        patch.setattr(attention, "attend", lambda *args, **options: Attended.apply(attend(*args, **options)))
+        boundaries = {"cu_seqlens": cu_seqlens_from_lengths(LENGTHS), "max_seqlen": max(LENGTHS)}
+        mine = x[slice(*case.token_plan.bounds(rank))].requires_grad_()
+        y = Layer(case)(mine, partial(ulysses_attention, group=group, chunks=2, **boundaries))
+        forward, seen = seen, []
+        y.sum().backward()
+    return forward, seen
+
+
+def with_triton(group: dist.ProcessGroup) -> dict[str, Any] | None:
+    """A case with the kernels that CUDA takes, interpreted; None where there is no interpreter."""
+    if why_not_triton(torch.device("cpu")) is not None:
+        return None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collective, "runs_triton", lambda device, dtype: True)
+        patch.setattr(pack, "pack_heads", None)
+        patch.setattr(pack, "unpack_heads", None)
+        return on_ranks(TRITON, group)
+
+
+def under_autocast(group: dist.ProcessGroup) -> tuple[torch.dtype, list[int], float]:
+    """Dtype of the output, bytes sent, and the distance from float32 without ranks."""
+    case = Case(GROUPS[2], 8, 2, torch.float32)
+    rank, generator = dist.get_rank(group), torch.Generator().manual_seed(1)
+    whole = [torch.randn(case.tokens, heads, WIDTH, generator=generator) for heads in (8, 2, 2)]
+    start, end = case.token_plan.bounds(rank)
+    boundaries = {"cu_seqlens": cu_seqlens_from_lengths(LENGTHS), "max_seqlen": max(LENGTHS)}
+    with torch.autocast("cpu", torch.bfloat16), counting() as counted:
+        out = ulysses_attention(*(x[start:end] for x in whole), group=group, **boundaries)
+    difference = (out.float() - one_mask(*whole, list(LENGTHS))[start:end]).abs().max().item()
+    return out.dtype, counted.bytes, difference
+
+
+def run_ranks(rank: int, folder: str) -> None:
+    """One process: its part of every case; the results go to a file."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    limit = timedelta(seconds=30)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
+    groups = {ranks: dist.new_group(ranks, limit) for ranks in dict.fromkeys(case.ranks for case in CASES.values())}
+    two, _, four = (groups[ranks] for ranks in GROUPS)
+    found: dict[str, Any] = {"refusals": refusals(four, two)}
+    for name, case in CASES.items():
+        if rank in case.ranks:
+            found[name] = on_ranks(case, groups[case.ranks])
+    found["broken"] = broken(four)
+    found["adjoint"] = {heads: adjoint(Case(GROUPS[2], *heads), four) for heads in (*HEADS, (3, 1))}
+    found["own attention"] = own_attention(Case(GROUPS[2], 14, 2), four)
+    found["gathered"] = [gathered(Case(GROUPS[2], 1, 1, sizes=sizes), four) for sizes in (None, (0, 30, 1, 6))]
+    found["stack"] = stack(four)
+    found["triton"] = with_triton(four)
+    found["order"] = order_of_chunks(four)
+    found["autocast"] = under_autocast(four)
+    found["backward twice"] = backward_twice(Case(GROUPS[2], 14, 2), four)
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
