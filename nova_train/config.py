@@ -11,6 +11,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import os
 import re
 import secrets
 import typing
@@ -29,8 +31,19 @@ ConfigT = TypeVar("ConfigT")
 # These change what is shown, where a run starts, which part a process does or what is kept in memory, never the results
 # of a run: they are no part of its identity.
 PRESENTATION_KEYS = frozenset(
-    {"disable_progress", "memory_budget", "report_to", "resume_from_checkpoint", "segments", "shard", "verify"}
+    {
+        "disable_progress",
+        "memory_budget",
+        "report_to",
+        "resume_from_checkpoint",
+        "segments",
+        "sequence_parallel_size",
+        "shard",
+        "verify",
+    }
 )
+# How a step is cut into micro-batches; what it holds is global_batch_size.
+_CUTS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,8 +60,11 @@ class TrainConfig:
     overlong: Literal["error", "truncate", "drop"] = "error"  # a sample longer than max_length
 
     per_device_train_batch_size: int = 1  # packs (sft, pas), pairs (reward), prompts (grpo) per micro-batch
-    gradient_accumulation_steps: int = 8  # micro-batches per optimiser step
-    global_batch_size: int | None = None  # the product of the two; given alone, it sets the accumulation
+    gradient_accumulation_steps: int = 8  # micro-batches per optimiser step and data-parallel group
+    # Of one optimiser step over all ranks; given alone, it sets the accumulation, so that a run goes on with any number
+    # of ranks. Null: the product of the two and the number of data-parallel groups.
+    global_batch_size: int | None = None
+    sequence_parallel_size: int = 1  # ranks that share every row of tokens; the others are data parallel
 
     learning_rate: float  # peak
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
@@ -113,13 +129,26 @@ class TrainConfig:
         if unknown := sorted(set(self.report_to) - {"wandb", "tensorboard", "trackio"}):
             raise ConfigError(f"report_to: expected wandb, tensorboard or trackio, got {unknown[0]!r}")
         _check_segments(self.segments, self.memory_budget)
+        self.step_size(max(1, launched_ranks() // self.sequence_parallel_size))
+
+    def step_size(self, dp: int) -> int:
+        """Packs, pairs or prompts of one optimiser step over `dp` data-parallel groups.
+
+        Raises:
+            ConfigError: global_batch_size and the accumulation say different things.
+        """
         product = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.global_batch_size is not None and self.global_batch_size != product:
+        if self.global_batch_size is None:
+            return product * dp
+        # A global batch that was given alone has set the accumulation of one group.
+        if self.global_batch_size not in (product, product * dp):
+            groups = f" x {dp} data-parallel groups" if dp > 1 else ""
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} is not per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps} = {product}; leave one of them out"
+                f"{self.per_device_train_batch_size} x gradient_accumulation_steps {self.gradient_accumulation_steps}"
+                f"{groups} = {product * dp}; leave one of them out"
             )
+        return self.global_batch_size
 
     def row_tokens(self) -> int:
         """Most tokens of a micro-batch, which runs as one packed row: its activations depend on them."""
@@ -132,6 +161,11 @@ class TrainConfig:
     def has_logits(self) -> bool:
         """Whether the loss goes through the LM head."""
         return True
+
+
+def launched_ranks() -> int:
+    """Processes of this run, as torchrun (or a launcher that sets its variables) has started them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _check_segments(segments: object, memory_budget: int | str | None) -> None:
@@ -152,6 +186,7 @@ _POSITIVE = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "global_batch_size",
+    "sequence_parallel_size",
     "learning_rate",
     "adam_epsilon",
     "max_grad_norm",
@@ -256,8 +291,17 @@ def config_to_dict(config: object) -> dict[str, Any]:
 
 
 def identity(config: object) -> dict[str, Any]:
-    """The fields that a run's results depend on: `config_to_dict` without `PRESENTATION_KEYS`."""
-    return {key: value for key, value in config_to_dict(config).items() if key not in PRESENTATION_KEYS}
+    """The fields that a run's results depend on: `config_to_dict` without `PRESENTATION_KEYS`, and with the batch of a
+    step instead of how it is cut."""
+    return identity_of(config_to_dict(config))
+
+
+def identity_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`identity` of plain values, as a resolved config has them."""
+    kept = {key: value for key, value in values.items() if key not in PRESENTATION_KEYS and key not in _CUTS}
+    if all(key in values for key in _CUTS) and kept.get("global_batch_size") is None:
+        kept["global_batch_size"] = math.prod(values[key] for key in _CUTS)
+    return kept
 
 
 def resolved_text(config: object, *, stage: str | None = None) -> str:

@@ -3,11 +3,16 @@
 A rollout is used for `num_iterations` optimiser steps. Old log-probabilities and the KL-to-go are those of the
 trainer's own forward at the first of them, over the very packs of the update, so the ratio is exactly 1 there and the
 KL of a model with itself exactly 0. Generation is seeded per (run, rollout, answer), whatever the batching.
+
+Several ranks answer and score a part of a rollout's prompts each, and exchange the answers; advantages are those of the
+whole rollout. Each packs its own micro-batches of the step.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +25,12 @@ from nova_kernels.packing import IGNORE_INDEX, PackedBatch, pack_samples
 from nova_kernels.topk_kl import TopK, TopKReferenceCache
 from nova_train.advantages import RunningMoments, group_advantages
 from nova_train.loader import PackedLoader, ShuffledLoader
+from nova_train.losses import own_predictions
+from nova_train.mesh import Mesh, Repeat, mapped
 from nova_train.reference_topk import cached_top_k, top_k_of
 from nova_train.rollout import Completion
 from nova_train.samples import Prompt
+from nova_train.sharding import with_weights
 
 Metrics = dict[str, tuple[float, float]]
 
@@ -36,7 +44,7 @@ class RolloutBatch:
     advantages: Tensor  # fp32 [S]
     token_weights: Tensor  # fp32 [R], each token's weight in the sum of the loss
     count: float  # what the sum is divided by, over all micro-batches of the step
-    ref: TopK | None  # the reference's top-K at the positions that predict response tokens, [R, K]
+    ref: TopK | None  # the reference's top-K at the positions that predict response tokens, [R, K]; this rank's of them
     old_logprobs: Tensor | None = None  # [R], filled by the first forward
     token_advantages: Tensor | None = None  # [R], likewise
     metrics: Metrics = field(default_factory=dict)
@@ -93,41 +101,51 @@ class Experience:
         options: ExperienceOptions,
         *,
         ptx_cache: TopKReferenceCache | None = None,
+        ready: Callable[[], AbstractContextManager[Any]] = nullcontext,
         max_steps: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Nothing is drawn yet.
 
         Args:
+            prompts: of all ranks' steps.
             ref_policy: the reference; None: rollouts go without its KL, and PTX batches need `ptx_cache`.
             ptx_cache: the reference's top-K of the samples of `ptx`, which carry their rows of it.
+            ready: entered around answering and scoring, on all ranks together.
         """
         if ref_policy is None and ptx is not None and ptx_cache is None:
             raise ValueError("Experience: PTX batches need a reference: give ref_policy or ptx_cache")
         self._prompts, self._ptx, self._ref_policy, self._ptx_cache = prompts, ptx, ref_policy, ptx_cache
-        self._sample, self._score, self._options, self._max_steps = sample, score, options, max_steps
+        self._sample, self._score, self._ready = sample, score, ready
+        self._options, self._max_steps = options, max_steps
+        self._mesh = mesh or Mesh()
         self._moments = RunningMoments()
         self._rollouts = 0
         self._left = 0  # optimiser steps that the current rollout still serves
-        self._batches: list[RolloutBatch] = []
+        self._batches: list[RolloutBatch | Repeat[RolloutBatch]] = []
 
     def __len__(self) -> int:
         steps = len(self._prompts) * self._options.num_iterations
         return steps if self._max_steps is None else min(steps, self._max_steps)
 
-    def next_step(self) -> list[RolloutBatch | PTXBatch]:
+    @property
+    def identity(self) -> str:
+        return " ".join(source.identity for source in (self._prompts, self._ptx) if source is not None)
+
+    def next_step(self) -> list[Any]:
+        """This rank's micro-batches: RolloutBatch and PTXBatch, or a Repeat of one."""
         if self._left == 0:
             self._batches = self._collect(self._prompts.next_step())
             self._left = self._options.num_iterations
             self._rollouts += 1
         self._left -= 1
-        ptx = [] if self._ptx is None else [self._with_reference(batch) for batch in self._ptx.next_step()]
+        ptx = [] if self._ptx is None else [mapped(self._with_reference, batch) for batch in self._ptx.next_step()]
         return [*self._batches, *ptx]
 
-    def _collect(self, micro_batches: Sequence[Sequence[Prompt]]) -> list[RolloutBatch]:
+    def _collect(self, micro_batches: Sequence[Any]) -> list[RolloutBatch | Repeat[RolloutBatch]]:
         options, n = self._options, self._options.num_generations
         prompts = [prompt for micro in micro_batches for prompt in micro for _ in range(n)]
-        completions = self._sample(prompts, [(self._rollouts, index) for index in range(len(prompts))])
-        scores, metrics = self._score(prompts, completions)
+        completions, scores, metrics = self._answered(prompts)
         self._moments.update(scores)
         groups = scores.view(-1, n)
         advantages = group_advantages(
@@ -138,20 +156,45 @@ class Experience:
             spread_floor=options.reward_std_floor * self._moments.std,
         ).view(-1)
         lengths = [len(c.ids) for c in completions]
-        metrics |= {
+        rollout: Metrics = {
             "reward": (float(scores.sum()), len(scores)),
             "reward_std": (float(groups.std(dim=1).sum()), len(groups)),
             "frac_reward_zero_std": (float((groups == groups[:, :1]).all(dim=1).sum()), len(groups)),
             "completions/mean_length": (float(sum(lengths)), len(lengths)),
             "completions/clipped_ratio": (float(sum(not c.finished for c in completions)), len(completions)),
         }
-        batches, first = [], 0
-        for micro in micro_batches:
-            chosen = slice(first, first + n * len(micro))
-            batches.append(self._pack(prompts[chosen], completions[chosen], advantages[chosen]))
-            first = chosen.stop
-        batches[0].metrics = metrics
+        ends = list(itertools.accumulate(n * len(micro) for micro in micro_batches))
+        parts = [slice(start, end) for start, end in itertools.pairwise([0, *ends])]
+
+        def pack(part: slice) -> RolloutBatch:
+            return self._pack(prompts[part], completions[part], advantages[part])
+
+        batches = [mapped(pack, part) for part in self._mesh.share(parts)]
+        if isinstance(batches[0], RolloutBatch):
+            batches[0].metrics = metrics | (rollout if self._mesh.is_main else {})
         return batches
+
+    def _answered(self, prompts: Sequence[Prompt]) -> tuple[list[Completion], Tensor, Metrics]:
+        """All answers and scores fp32 [n], on every rank; metrics of those that this rank has scored."""
+        mesh, n = self._mesh, self._options.num_generations
+        groups = [list(range(first, first + n)) for first in range(0, len(prompts), n)]
+        metrics: Metrics = {}
+
+        def answer(some: Sequence[list[int]]) -> list[list[Completion]]:
+            chosen = [index for group in some for index in group]
+            drawn = self._sample([prompts[index] for index in chosen], [(self._rollouts, index) for index in chosen])
+            return [drawn[first : first + n] for first in range(0, len(drawn), n)]
+
+        def score(some: Sequence[list[int]]) -> list[list[float]]:
+            chosen = [index for group in some for index in group]
+            scores, found = self._score([prompts[i] for i in chosen], [completions[i] for i in chosen])
+            metrics.update(found)
+            return scores.view(-1, n).tolist()
+
+        with self._ready():
+            completions = [one for group in mesh.spread(groups, answer) for one in group]
+            scores = torch.tensor([one for group in mesh.spread(groups, score) for one in group])
+        return completions, scores, metrics
 
     def _pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion], advantages: Tensor) -> RolloutBatch:
         options = self._options
@@ -175,7 +218,8 @@ class Experience:
         )
 
     def _with_reference(self, packed: PackedBatch) -> PTXBatch:
-        ref = self._reference(packed) if self._ptx_cache is None else cached_top_k(self._ptx_cache, packed)
+        own = own_predictions(packed.labels, self._mesh.own_tokens(packed.num_tokens))
+        ref = self._reference(packed) if self._ptx_cache is None else cached_top_k(self._ptx_cache, packed, own)
         assert ref is not None, "checked when the experience was made"
         return PTXBatch(packed=packed, ref=ref)
 
@@ -183,16 +227,18 @@ class Experience:
         """The frozen policy's top-K at every trained position, from the same packs and chunks as the update."""
         if self._ref_policy is None:
             return None
-        return top_k_of(self._ref_policy, packed, self._options.kl_top_k, self._options.temperature)
+        model, options = self._ref_policy, self._options
+        return with_weights(model, lambda: top_k_of(model, packed, options.kl_top_k, options.temperature))
 
     def state_dict(self) -> dict[str, Any]:
+        """Of all ranks: the micro-batches of the whole step, in order."""
         return {
             "prompts": self._prompts.state_dict(),
             "ptx": None if self._ptx is None else self._ptx.state_dict(),
             "moments": self._moments.state_dict(),
             "rollouts": self._rollouts,
             "left": self._left,
-            "batches": [_to_state(batch) for batch in self._batches] if self._left else [],
+            "batches": self._whole_step() if self._left else [],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,7 +247,25 @@ class Experience:
             self._ptx.load_state_dict(state["ptx"])
         self._moments.load_state_dict(state["moments"])
         self._rollouts, self._left = state["rollouts"], state["left"]
-        self._batches = [_from_state(saved) for saved in state["batches"]]
+        self._batches = [mapped(self._restored, saved) for saved in self._mesh.share(state["batches"])]
+
+    def _whole_step(self) -> list[dict[str, Any]]:
+        ranks = self._mesh.gather([_to_state(batch) for batch in self._batches if isinstance(batch, RolloutBatch)])
+        turns: dict[int, dict[str, Any]] = {}
+        for rank, states in enumerate(ranks):
+            for turn, saved in enumerate(states):
+                place = turn * self._mesh.dp + rank // self._mesh.sp
+                turns[place] = saved if place not in turns else _joined(turns[place], saved)
+        return [turns[place] for place in sorted(turns)]
+
+    def _restored(self, saved: Mapping[str, Any]) -> RolloutBatch:
+        """A batch of the saved step with this rank's part of the reference."""
+        batch = _from_state(saved)
+        if batch.ref is not None:
+            own = own_predictions(batch.packed.labels, self._mesh.own_tokens(batch.num_tokens))
+            ref = batch.ref
+            batch.ref = TopK(ids=ref.ids[own], values=ref.values[own], lse=ref.lse[own], temperature=ref.temperature)
+        return batch
 
 
 def token_weights(lengths: Tensor, loss_type: str, max_completion_length: int) -> tuple[Tensor, float]:
@@ -236,6 +300,14 @@ def _to_state(batch: RolloutBatch) -> dict[str, Any]:
         "token_advantages": batch.token_advantages,
         "metrics": {name: list(pair) for name, pair in batch.metrics.items()},
     }
+
+
+def _joined(row: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of ranks that split its row, with the next one's part of the reference behind."""
+    if row["ref"] is not None:
+        parts = zip(row["ref"][:3], part["ref"][:3], strict=True)
+        row["ref"] = [*(torch.cat([a, b.to(a.device)]) for a, b in parts), row["ref"][3]]
+    return row
 
 
 def _from_state(saved: Mapping[str, Any]) -> RolloutBatch:

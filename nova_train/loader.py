@@ -19,6 +19,7 @@ import numpy as np
 from nova_kernels.packing import PackedBatch, PackSampler, pack_samples
 from nova_train.config import fingerprint
 from nova_train.datafiles import DataError
+from nova_train.mesh import Mesh, Repeat, mapped
 
 ItemT = TypeVar("ItemT")
 UnitT = TypeVar("UnitT")
@@ -39,6 +40,7 @@ class _EpochLoader(ABC, Generic[UnitT, BatchT]):
         epochs: float | None,
         max_steps: int | None,
         identity: str,
+        mesh: Mesh,
     ) -> None:
         name = type(self).__name__
         if per_step < 1 or per_micro_batch < 1:
@@ -52,7 +54,7 @@ class _EpochLoader(ABC, Generic[UnitT, BatchT]):
         if not self._units:
             raise DataError(f"{name}: empty data set: nothing to load")
         self.steps_per_epoch = math.ceil(len(self._units) / per_step)
-        self._per_step, self._per_micro_batch = per_step, per_micro_batch
+        self._per_step, self._per_micro_batch, self._mesh = per_step, per_micro_batch, mesh
         # 1e-9: 0.07 epochs of 100 steps are 7 steps, although 0.07 * 100 > 7 in floating point.
         self._total = max_steps or (None if epochs is None else math.ceil(epochs * self.steps_per_epoch - 1e-9))
         self._identity = identity
@@ -69,8 +71,13 @@ class _EpochLoader(ABC, Generic[UnitT, BatchT]):
         """Epochs done so far."""
         return self._step / self.steps_per_epoch
 
-    def next_step(self) -> list[BatchT]:
-        """The micro-batches of the next optimiser step.
+    @property
+    def identity(self) -> str:
+        """Of the data and the options: the same on every rank."""
+        return self._identity
+
+    def next_step(self) -> list[BatchT | Repeat[BatchT]]:
+        """This rank's micro-batches of the next optimiser step.
 
         Raises:
             IndexError: all steps are taken.
@@ -82,9 +89,9 @@ class _EpochLoader(ABC, Generic[UnitT, BatchT]):
             self._planned, self._units = epoch, self._plan(epoch)
         units = self._units[number * self._per_step : (number + 1) * self._per_step]
         size = self._per_micro_batch
-        batches = [self._build(units[start : start + size]) for start in range(0, len(units), size)]
+        micro_batches = [units[start : start + size] for start in range(0, len(units), size)]
         self._step += 1
-        return batches
+        return [mapped(self._build, chosen) for chosen in self._mesh.share(micro_batches)]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only."""
@@ -130,6 +137,7 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
         seed: int,
         packing: bool = True,
         max_steps: int | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         """Plan the first epoch.
 
@@ -138,6 +146,7 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
             capacity: tokens per pack.
             epochs: passes over the samples, fractions allowed; None = for ever.
             max_steps: optimiser steps; goes before epochs.
+            mesh: every rank plans the same steps and takes its share of each; None = one process takes all.
 
         Raises:
             DataError: no samples.
@@ -161,6 +170,7 @@ class PackedLoader(_EpochLoader[np.ndarray, PackedBatch]):
             epochs=epochs,
             max_steps=max_steps,
             identity=samples_fingerprint(samples, (capacity, packs_per_step, seed, plan)),
+            mesh=mesh or Mesh(),
         )
 
     @property
@@ -196,8 +206,9 @@ class ShuffledLoader(_EpochLoader[ItemT, Any]):
         seed: int,
         max_steps: int | None = None,
         collate: Callable[[list[ItemT]], Any] | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        """See `PackedLoader` for epochs and max_steps.
+        """See `PackedLoader` for epochs, max_steps and mesh.
 
         Raises:
             DataError: no items.
@@ -210,6 +221,7 @@ class ShuffledLoader(_EpochLoader[ItemT, Any]):
             epochs=epochs,
             max_steps=max_steps,
             identity=fingerprint({"items": _as_texts(items), "per_step": per_step, "seed": seed}),
+            mesh=mesh or Mesh(),
         )
 
     def _build(self, units: list[ItemT]) -> Any:

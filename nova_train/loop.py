@@ -5,8 +5,12 @@ exactly one place (here) divides it by the term's global count, known before the
 
     loss = sum_terms  weight_term * (sum over all micro-batches) / (count over all micro-batches)
 
-so the gradient does not depend on how a batch is cut into micro-batches. Everything a step depends on is in the saved
-state: a run that is killed and started again gives the same bytes as one that was not.
+so the gradient does not depend on how a batch is cut into micro-batches, nor over how many ranks they are spread: the
+counts are those of all ranks, and gradients are summed over them (FSDP2 averages, so the loss is multiplied by their
+number). Every rank runs equally many micro-batches, some of them repeats that add nothing.
+
+Everything a step depends on is in the saved state: a run that is killed and started again gives the same bytes as one
+that was not.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,14 +28,19 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nova_train import state
 from nova_train.config import TrainConfig, fingerprint, identity
 from nova_train.memory import MemoryMeter, MemoryPlan
+from nova_train.mesh import Mesh, Repeat, join
 from nova_train.metrics import MetricsLog, Window
+from nova_train.model import pick_device
 from nova_train.optim import Optimizers, learning_rate_factor
+from nova_train.sharding import full_state_dict, full_tensor, with_weights
+
+_TOKENS = "tokens"  # counted beside the terms of the loss
 
 MicroBatch = TypeVar("MicroBatch")
 Consumed = TypeVar("Consumed", contravariant=True)
@@ -65,7 +74,10 @@ class Source(Protocol[Produced]):
 
     def __len__(self) -> int: ...
 
-    def next_step(self) -> Sequence[Produced]: ...
+    @property
+    def identity(self) -> str: ...
+
+    def next_step(self) -> Sequence[Produced | Repeat[Produced]]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -92,6 +104,8 @@ class Start:
     stage: str
     finished: bool
     checkpoint: Path | None
+    mesh: Mesh
+    identity: Mapping[str, Any]  # what the run's results depend on
 
     def model_path(self, fresh: str) -> str:
         """Where the trained model is loaded from: the checkpoint if there is one."""
@@ -100,14 +114,22 @@ class Start:
 
 def begin(config: TrainConfig, stage: str) -> Start:
     """Claim the output folder, fix threads and seeds, and find the checkpoint to continue from."""
-    state.claim_folder(config, stage)
+    mesh = join(config.sequence_parallel_size, device=pick_device(config.device))
+    config = replace(config, global_batch_size=config.step_size(mesh.dp))
+    mesh.require_same("the configuration", fingerprint(identity(config)))
+
+    def claim() -> tuple[bool, Path | None]:
+        state.claim_folder(config, stage)
+        if state.finished_fingerprint(config.output_dir) is not None:
+            return True, None
+        return False, state.find_checkpoint(config)
+
+    finished, checkpoint = mesh.on_main(claim)
     torch.set_num_threads(config.num_threads)
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
-    if state.finished_fingerprint(config.output_dir) is not None:
-        return Start(stage, finished=True, checkpoint=None)
-    return Start(stage, finished=False, checkpoint=state.find_checkpoint(config))
+    return Start(stage, finished=finished, checkpoint=checkpoint, mesh=mesh, identity=identity(config))
 
 
 @dataclass(kw_only=True)
@@ -130,6 +152,8 @@ class Training(Generic[MicroBatch]):
     facts: Mapping[str, Any] = field(default_factory=dict)  # goes into finished.json
 
     def __post_init__(self) -> None:
+        self.mesh = self.start.mesh
+        self.mesh.require_same(f"{self.start.stage}: the data of the run", self.source.identity)
         self.optimizers = Optimizers(self.model, self.config)
         self.window = Window()
         self.meter = MemoryMeter(self.model, self.plan)
@@ -137,7 +161,7 @@ class Training(Generic[MicroBatch]):
         self.step = 0
         self.tokens = 0
         self.lines: int | None = None  # of metrics.jsonl
-        unnamed = {name: value for name, value in identity(self.config).items() if name != "output_dir"}
+        unnamed = {name: value for name, value in self.start.identity.items() if name != "output_dir"}
         self.fingerprint = fingerprint({"stage": self.start.stage, **unnamed})
 
     def restore(self, checkpoint: Path) -> None:
@@ -149,7 +173,10 @@ class Training(Generic[MicroBatch]):
                 "continue that run with its own, or start from its model with model_name_or_path"
             )
         self.step, self.tokens, self.lines = saved["step"], saved["tokens"], saved["lines"]
-        self.optimizers.load_state_dict(saved["optimizers"])
+        if state.has_sharded_weights(checkpoint):
+            state.read_sharded_optimizers(checkpoint, self.model, self.optimizers.by_name)
+        else:
+            self.optimizers.load_state_dict(saved["optimizers"])
         self.source.load_state_dict(saved["source"])
         self.window.load_state_dict(saved["window"])
         state.restore_rng(saved["rng"])
@@ -161,19 +188,42 @@ class Training(Generic[MicroBatch]):
             "step": self.step,
             "tokens": self.tokens,
             "lines": self.lines,
-            "optimizers": self.optimizers.state_dict(),
             "source": self.source.state_dict(),
-            "window": self.window.state_dict(),
+            "window": Window.merged(self.mesh.gather(self.window.state_dict())).state_dict(),
             "rng": state.rng_state(),
         }
+        if self.mesh.size == 1:
+            trainer["optimizers"] = self.optimizers.state_dict()
         return state.save_checkpoint(
-            self.config.output_dir, self.step, self.write_model, trainer, keep=self.config.save_total_limit
+            self.config.output_dir,
+            self.step,
+            self.write_model if self.mesh.size == 1 else self.write_shards,
+            trainer,
+            keep=self.config.save_total_limit,
+            mesh=self.mesh,
         )
+
+    def write_shards(self, folder: Path) -> None:
+        """This rank's part of the model and the optimisers; the first rank adds what is not tensors."""
+
+        def write_rest() -> None:
+            self.model.config.save_pretrained(folder)
+            if self.model.can_generate():
+                self.model.generation_config.save_pretrained(folder)
+            self.save_extra(folder)
+
+        self.mesh.on_main(write_rest)
+        state.write_sharded(folder, self.model, self.optimizers.by_name)
 
     def write_model(self, folder: Path) -> None:
         """The model as Hugging Face saves it, and the stage's own files."""
-        self.model.save_pretrained(folder)
-        self.save_extra(folder)
+        weights = None if self.mesh.size == 1 else full_state_dict(self.model, self.mesh)
+
+        def write() -> None:
+            self.model.save_pretrained(folder, state_dict=weights)
+            self.save_extra(folder)
+
+        self.mesh.on_main(write)
 
 
 def train(run: Training[Any]) -> None:
@@ -186,9 +236,13 @@ def train(run: Training[Any]) -> None:
     config = run.config
     if run.start.checkpoint is not None:
         run.restore(run.start.checkpoint)
-        state.drop_newer(config.output_dir, run.step)
+        run.mesh.on_main(state.drop_newer, config.output_dir, run.step)
     metrics = MetricsLog(
-        config.output_dir, step=run.step, lines=run.lines, report_to=config.report_to, run_name=config.output_dir
+        config.output_dir if run.mesh.is_main else None,
+        step=run.step,
+        lines=run.lines,
+        report_to=config.report_to,
+        run_name=config.output_dir,
     )
     with _progress(run) as advance, _interrupt() as interrupted:
         while run.step < run.total_steps:
@@ -198,7 +252,8 @@ def train(run: Training[Any]) -> None:
             run.tokens += tokens
             seconds = time.perf_counter() - started
             if run.step % config.logging_steps == 0 or run.step == run.total_steps:
-                metrics.write(run.step, {**run.window.means(), "num_tokens": run.tokens})
+                window = Window.merged(run.mesh.gather(run.window.take()))
+                metrics.write(run.step, {**window.means(), "num_tokens": run.tokens})
                 speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
                 metrics.write_timing(run.step, {**speed, **run.meter.figures()})
             last = run.step == run.total_steps
@@ -207,16 +262,17 @@ def train(run: Training[Any]) -> None:
                 metrics.write(run.step, run.evaluate())
             advance(tokens)
             run.lines = metrics.lines
-            if interrupted():
+            if run.mesh.any(interrupted()):
                 raise Interrupted(run.step, run.save())
             if run.evaluate is not None if last else run.step % config.save_steps == 0:
                 run.save()  # before the closing evaluation too, so that nothing is lost if it is cut off
         if run.evaluate is not None:
             metrics.write(run.step, run.evaluate())
     run.write_model(Path(config.output_dir))
-    state.mark_finished(
+    run.mesh.on_main(
+        state.mark_finished,
         config.output_dir,
-        fingerprint(identity(config)),
+        fingerprint(run.start.identity),
         steps=run.step,
         tokens=run.tokens,
         **run.facts,
@@ -225,9 +281,10 @@ def train(run: Training[Any]) -> None:
 
 def train_step(run: Training[Any]) -> int:
     """One optimiser step; returns the tokens it processed."""
-    tokens = accumulate_gradients(run.objective, run.source.next_step(), run.window, run.meter.row)
+    batches = run.source.next_step()
+    tokens = accumulate_gradients(run.objective, batches, run.window, run.meter.row, model=run.model, mesh=run.mesh)
     parameters = [p for p in run.model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
     if not torch.isfinite(norm):
         raise DivergenceError(
             f"{run.config.output_dir}: the gradient norm is {float(norm)} at step {run.step + 1}; "
@@ -237,8 +294,9 @@ def train_step(run: Training[Any]) -> int:
         torch.nn.utils.clip_grads_with_norm_(parameters, run.config.max_grad_norm, norm)
     factor = learning_rate_factor(run.step, run.total_steps, run.config)
     run.optimizers.step(factor)
-    run.window.add("grad_norm", norm, 1)
-    run.window.add("learning_rate", run.config.learning_rate * factor, 1)
+    if run.mesh.is_main:
+        run.window.add("grad_norm", norm, 1)
+        run.window.add("learning_rate", run.config.learning_rate * factor, 1)
     return tokens
 
 
@@ -247,44 +305,72 @@ def accumulate_gradients(
     batches: Sequence[Any],
     window: Window,
     around: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    *,
+    model: nn.Module | None = None,
+    mesh: Mesh | None = None,
 ) -> int:
     """Backward of one optimiser step over its micro-batches; the only place that divides a loss.
 
     Args:
+        batches: this rank's; all ranks have equally many.
         around: entered for each micro-batch, with its tokens.
+        model: whose weights are sharded over the ranks of `mesh`; None: one process.
 
     Returns:
-        the number of tokens in the micro-batches.
+        the number of tokens in the micro-batches of all ranks.
     """
-    counts: dict[str, float] = {}
+    mesh = mesh or Mesh()
+    counts = dict.fromkeys(objective.weights, 0.0) | {_TOKENS: 0.0}
     for batch in batches:
-        for name, count in objective.counts(batch).items():
-            counts[name] = counts.get(name, 0.0) + count
+        if not isinstance(batch, Repeat):
+            counts[_TOKENS] += batch.num_tokens
+            for name, count in objective.counts(batch).items():
+                counts[name] += count
+    counts = mesh.total(counts)
+    tokens = int(counts.pop(_TOKENS))
     for batch in batches:
+        counted = not isinstance(batch, Repeat)
+        batch = batch if counted else batch.item
         with around(batch.num_tokens):
-            _backward(objective, batch, counts, window)
-    window.add("loss", 0.0, 1)
-    for name, count in counts.items():
-        window.add(f"loss/{name}", 0.0, count)
-    return sum(batch.num_tokens for batch in batches)
+            _backward(objective, batch, counts, window, model, factor=float(mesh.size * counted))
+    if mesh.is_main:
+        window.add("loss", 0.0, 1)
+        for name, count in counts.items():
+            window.add(f"loss/{name}", 0.0, count)
+    return tokens
 
 
-def _backward(objective: Objective[Any], batch: Any, counts: Mapping[str, float], window: Window) -> None:
-    """Forward and backward of one micro-batch; nothing of its graph is left afterwards."""
-    terms = objective.terms(batch)
+def _backward(
+    objective: Objective[Any],
+    batch: Any,
+    counts: Mapping[str, float],
+    window: Window,
+    model: nn.Module | None,
+    factor: float,
+) -> None:
+    """Forward and backward of one micro-batch, its gradient times a factor; nothing of its graph is left afterwards."""
+
+    def compute() -> tuple[Mapping[str, Tensor], Mapping[str, tuple[Tensor | float, float]]]:
+        terms = objective.terms(batch)
+        return terms.sums, terms.metrics
+
+    sums, metrics = compute() if model is None else with_weights(model, compute)
     parts = {
         name: objective.weights[name] * total / counts[name]
-        for name, total in terms.sums.items()
+        for name, total in sums.items()
         if counts.get(name, 0.0) > 0
     }
     if parts:  # a micro-batch may hold nothing that counts, such as answers that were all cut off
         loss = torch.stack([part.reshape(()) for part in parts.values()]).sum()
         if loss.requires_grad:
-            loss.backward()
-        window.add("loss", loss, 0)
+            (loss * factor if factor != 1.0 else loss).backward()
+        if factor:
+            window.add("loss", loss, 0)
+    if not factor:
+        return
     for name in parts:
-        window.add(f"loss/{name}", terms.sums[name], 0)
-    for name, (value, count) in terms.metrics.items():
+        window.add(f"loss/{name}", sums[name], 0)
+    for name, (value, count) in metrics.items():
         window.add(name, value, count)
 
 
@@ -299,7 +385,7 @@ def _progress(run: Training[Any]) -> Any:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=run.config.disable_progress) as bar:
+    with Progress(*columns, disable=run.config.disable_progress or not run.mesh.is_main) as bar:
         task = bar.add_task(run.start.stage, total=run.total_steps, completed=run.step, rate="")
         began, done = time.perf_counter(), 0
 

@@ -40,14 +40,25 @@ def next_token_targets(labels: Tensor) -> Tensor:
     return torch.cat([labels[0, 1:], labels.new_full((1,), IGNORE_INDEX)])
 
 
-def predicted_tokens(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states [R, H] of a packed row [T, H] where they predict a trained token, and those tokens int64 [R].
+def predicted_tokens(hidden: Tensor, labels: Tensor, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    """Hidden states [R, H] of a packed row where they predict a trained token, and those tokens int64 [R].
 
     Labels [1, T] of a batch stay on the CPU: no GPU is waited for to know how many there are.
+
+    Args:
+        hidden: [t, H], of the tokens `own` of the row.
+        labels: [1, T] of the whole row: the token behind a rank's last one is another rank's.
     """
-    targets = next_token_targets(labels)
+    targets = next_token_targets(labels)[own]
     places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return hidden.index_select(0, places.to(hidden.device)), targets[places].to(hidden.device)
+
+
+def own_predictions(labels: Tensor, own: slice) -> slice:
+    """Of the R predictions of a whole row [1, T], in order, those that its tokens `own` make."""
+    trained = next_token_targets(labels) != IGNORE_INDEX
+    first = int(trained[: own.start].sum()) if own.start else 0
+    return slice(first, first + int(trained[own].sum()))
 
 
 @dataclass(frozen=True, slots=True)

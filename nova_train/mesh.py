@@ -2,9 +2,9 @@
 
     rank = dp_rank * sp + sp_rank                    world size = dp * sp
 
-One process is a mesh of one rank, and nothing here then talks to anybody. More are started by torchrun, or anything that
-sets its variables; they differ in nothing but the launch command. What all ranks must agree on goes through here: which
-micro-batches are whose, sums of counts, what the first rank alone reads or writes, and a mistake that one of them sees.
+One process is a mesh of one rank, and nothing here then talks to anybody. More are started by torchrun, or anything
+that sets its variables. What all ranks must agree on goes through here: which micro-batches are whose, sums of counts,
+what the first rank alone reads or writes, and whether all were given the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nova_kernels.ulysses import TokenPlan
-from nova_train.values import ConfigError
+from nova_train.config import ConfigError, launched_ranks
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,11 @@ class Repeat(Generic[ItemT]):
     item: ItemT
 
 
+def mapped(function: Callable[[ItemT], ResultT], item: ItemT | Repeat[ItemT]) -> ResultT | Repeat[ResultT]:
+    """The function's result; of a repeat, a repeat."""
+    return Repeat(function(item.item)) if isinstance(item, Repeat) else function(item)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mesh:
     """This process among the ranks of a run."""
@@ -54,6 +59,7 @@ class Mesh:
     rank: int = 0
     devices: DeviceMesh | None = None  # [dp, sp]; None: one process
     patient: Any = None  # a group for what one rank does alone
+    splits_rows: bool = True  # False: every rank runs whole rows of its own, whatever sp is
 
     @property
     def size(self) -> int:
@@ -75,7 +81,7 @@ class Mesh:
     @property
     def sequence_group(self) -> Any:
         """The ranks that share this rank's rows; None: it has them to itself."""
-        return None if self.devices is None or self.sp == 1 else self.devices["sp"].get_group()
+        return None if self.devices is None or self.sp == 1 or not self.splits_rows else self.devices["sp"].get_group()
 
     @property
     def all_ranks(self) -> DeviceMesh | None:
@@ -90,6 +96,8 @@ class Mesh:
 
     def own_tokens(self, num_tokens: int) -> slice:
         """Where this rank's tokens lie in a row of T."""
+        if self.sequence_group is None:
+            return slice(0, num_tokens)
         return slice(*TokenPlan.build(num_tokens, self.sp).bounds(self.sp_rank))
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -99,6 +107,13 @@ class Mesh:
         mine = torch.tensor([value if self.sp_rank == 0 else 0.0 for value in values.values()], dtype=torch.float64)
         dist.all_reduce(mine)
         return dict(zip(values, mine.tolist(), strict=True))
+
+    def spread(self, items: Sequence[ItemT], function: Callable[[Sequence[ItemT]], Sequence[ResultT]]) -> list[ResultT]:
+        """The function's results for all items, on all ranks; each rank computes those of every size-th item."""
+        own = range(self.rank, len(items), self.size)
+        results = list(function([items[place] for place in own])) if own else []
+        parts = self.gather(results)
+        return [parts[place % self.size][place // self.size] for place in range(len(items))]
 
     def sum_over_sequence(self, values: Tensor) -> Tensor:
         """Sum over the ranks that share a row; differentiable: the loss is the sum of what all of them make of it."""
@@ -134,7 +149,7 @@ class Mesh:
         if self.is_main:
             try:
                 answer[0] = function(*args, **kwargs)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001 - the others wait to hear of it; raised below
                 failure, answer[1] = error, type(error).__name__
         dist.broadcast_object_list(answer, src=0, group=self.patient)
         if failure is not None:
@@ -166,11 +181,11 @@ def join(sequence_parallel_size: int = 1, *, device: str = "cpu") -> Mesh:
         ConfigError: sequence_parallel_size does not divide the number of ranks; more ranks than GPUs on this machine;
             a torch that cannot connect GPUs.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = launched_ranks()
     if size % sequence_parallel_size:
         raise ConfigError(
-            f"sequence_parallel_size {sequence_parallel_size} does not divide the {size} ranks that were started; start "
-            "a multiple of it (torchrun --nproc-per-node), or choose another"
+            f"sequence_parallel_size {sequence_parallel_size} does not divide the {size} ranks that were started; "
+            "start a multiple of it (torchrun --nproc-per-node), or choose another"
         )
     if size == 1:
         return Mesh()

@@ -38,6 +38,21 @@ class Window:
         self._totals = {}
         return means
 
+    def take(self) -> dict[str, list[float]]:
+        """The sums and counts so far; the window is emptied."""
+        taken = self.state_dict()
+        self._totals = {}
+        return taken
+
+    @classmethod
+    def merged(cls, parts: Sequence[Mapping[str, Sequence[float]]]) -> Window:
+        """One window of what several ranks took."""
+        window = cls()
+        for part in parts:
+            for name, (total, count) in part.items():
+                window.add(name, total, count)
+        return window
+
     def state_dict(self) -> dict[str, list[float]]:
         return {name: [float(total), count] for name, (total, count) in self._totals.items()}
 
@@ -50,14 +65,21 @@ class MetricsLog:
 
     def __init__(
         self,
-        output_dir: str | Path,
+        output_dir: str | Path | None,
         *,
         step: int,
         lines: int | None = None,
         report_to: Sequence[str] = (),
         run_name: str = "",
     ) -> None:
-        """Keep the lines up to `step`, and of metrics.jsonl no more than `lines` (None: all of them)."""
+        """Keep the lines up to `step`, and of metrics.jsonl no more than `lines` (None: all of them).
+
+        Without a folder nothing is written: of several ranks, one writes.
+        """
+        self._silent = output_dir is None
+        self.lines = lines or 0
+        if output_dir is None:
+            return
         folder = Path(output_dir)
         self._metrics = folder / "metrics.jsonl"
         self._timing = folder / "timing.jsonl"
@@ -67,14 +89,18 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line of metrics; values are rounded to 9 significant digits."""
+        self.lines += 1
+        if self._silent:
+            return
         line = {"step": step, **{name: _rounded(value) for name, value in values.items()}}
         _append(self._metrics, line)
-        self.lines += 1
         for send in self._trackers:
             send(step, {name: float(value) for name, value in values.items()})
 
     def write_timing(self, step: int, values: Mapping[str, float]) -> None:
         """One line of figures that no rerun repeats: seconds, tokens per second, measured bytes."""
+        if self._silent:
+            return
         _append(self._timing, {"step": step, **{name: _rounded(value) for name, value in values.items()}})
 
 

@@ -20,13 +20,17 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
 )
 
-from nova_kernels.integrations.transformers import use_varlen_attention
+from nova_kernels.integrations.transformers import use_ulysses, use_varlen_attention
 from nova_kernels.packing import PackedBatch
+from nova_train import state
 from nova_train.chat import CHATML_TEMPLATE
 from nova_train.config import ConfigError, TrainConfig
+from nova_train.mesh import Mesh
+from nova_train.sharding import shard
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +74,20 @@ def load_tokenizer(path: str | Path) -> Any:
     return tokenizer
 
 
-def load_causal_lm(path: str | Path, config: Arithmetic, *, frozen: bool = False) -> PreTrainedModel:
-    """A causal LM with varlen attention and dropout off; one that is trained waits for its segments (memory.py)."""
-    model = _from_pretrained(AutoModelForCausalLM, path, dtype=config.dtype)
-    return _placed(model, config, frozen=frozen)
+def load_causal_lm(
+    path: str | Path, config: Arithmetic, *, frozen: bool = False, mesh: Mesh | None = None
+) -> PreTrainedModel:
+    """A causal LM with varlen attention and dropout off; one that is trained waits for its segments (memory.py).
+
+    Args:
+        mesh: ranks that split its rows; on several, `distribute` shards the weights and places them.
+    """
+    if state.has_sharded_weights(path):
+        model = _without_weights(AutoModelForCausalLM, path, config)
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, path, dtype=config.dtype)
+    return _placed(model, config, frozen=frozen, mesh=mesh or Mesh())
 
 
 def load_plain_causal_lm(path: str | Path) -> PreTrainedModel:
@@ -82,8 +96,17 @@ def load_plain_causal_lm(path: str | Path) -> PreTrainedModel:
     return model.eval().requires_grad_(False).to(pick_device("auto"))
 
 
-def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = False) -> PreTrainedModel:
-    """AutoModelForSequenceClassification with one output; a causal LM's weights give the backbone, the head is new."""
+def load_reward_model(
+    path: str | Path, config: TrainConfig, *, frozen: bool = False, mesh: Mesh | None = None
+) -> PreTrainedModel:
+    """AutoModelForSequenceClassification with one output; a causal LM's weights give the backbone, the head is new.
+
+    Args:
+        mesh: as of `load_causal_lm`.
+    """
+    if state.has_sharded_weights(path):
+        model = _without_weights(AutoModelForSequenceClassification, path, config)
+        return _placed(model, config, frozen=frozen, mesh=mesh or Mesh())
     model, loading = _from_pretrained(
         AutoModelForSequenceClassification, path, num_labels=1, dtype=config.dtype, output_loading_info=True
     )
@@ -92,7 +115,16 @@ def load_reward_model(path: str | Path, config: TrainConfig, *, frozen: bool = F
             f"reward_model {path}: {', '.join(sorted(loading['missing_keys']))} is not saved there, so its scores "
             "would be random; give a model trained by `nova-train reward`"
         )
-    return _placed(model, config, frozen=frozen)
+    return _placed(model, config, frozen=frozen, mesh=mesh or Mesh())
+
+
+def distribute(model: PreTrainedModel, config: Arithmetic, mesh: Mesh) -> PreTrainedModel:
+    """Shard a loaded model over the ranks and place it on their devices; the same model. Nothing on one rank."""
+    if mesh.size > 1:
+        shard(model, mesh, bf16=config.bf16)
+        model.to(pick_device(config.device))
+        _read_weights(model)
+    return model
 
 
 def model_without_weights(
@@ -109,7 +141,7 @@ def model_without_weights(
     family = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     with place:
         model: PreTrainedModel = family.from_config(shape, dtype=getattr(torch, config.dtype))
-    return _prepared(model, config).train()
+    return _prepared(model, config, Mesh()).train()
 
 
 def give_own_pad_token(model: PreTrainedModel, tokenizer: Any, end_of_turn_id: int) -> None:
@@ -136,16 +168,29 @@ def end_generation_at(model: PreTrainedModel, end_of_turn_id: int) -> None:
 
 
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states [T, H] of a packed row, after the final norm, on the model's device.
+    """Last hidden states [t, H] of a packed row, after the final norm, on the model's device.
 
-    Samples do not see each other. With `bf16` the autocast is entered here, so that the policy, the reference
-    and every evaluation run the same arithmetic.
+    They are those of `own_tokens(model, T)`: of all tokens, unless ranks split the row. Samples do not see each other.
+    With `bf16` the autocast is entered here, so that the policy, the reference and every evaluation run the same
+    arithmetic.
     """
-    batch = batch.to(model.device)
+    own, batch = own_tokens(model, batch.num_tokens), batch.to(model.device)
+    options = {**batch.attention_kwargs(), "position_ids": batch.position_ids[:, own]}
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=getattr(model, "_autocast", False)):
-        output = model.base_model(input_ids=batch.input_ids, **batch.attention_kwargs())
+        output = model.base_model(input_ids=batch.input_ids[:, own], **options)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
+
+
+def own_tokens(model: PreTrainedModel, num_tokens: int) -> slice:
+    """Which of a row's tokens this rank has the hidden states of."""
+    return mesh_of(model).own_tokens(num_tokens)
+
+
+def mesh_of(model: Any) -> Mesh:
+    """The ranks that split the model's rows."""
+    mesh: Mesh | None = getattr(model, "_mesh", None)
+    return Mesh() if mesh is None else mesh
 
 
 def lm_head(model: PreTrainedModel) -> Head:
@@ -215,14 +260,33 @@ def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **
         raise ConfigError(f"model {path}: {reason} ({str(error).splitlines()[0]})") from error
 
 
-def _placed(model: PreTrainedModel, config: Arithmetic, *, frozen: bool) -> PreTrainedModel:
-    _prepared(model, config).to(pick_device(config.device))
+def _without_weights(family: Any, path: str | Path, config: Arithmetic) -> PreTrainedModel:
+    """A model whose weights wait in a checkpoint of several ranks."""
+    model: PreTrainedModel = family.from_config(load_model_config(path), dtype=getattr(torch, config.dtype))
+    model._weights_at = Path(path)
+    return model
+
+
+def _read_weights(model: PreTrainedModel) -> None:
+    if (folder := vars(model).pop("_weights_at", None)) is not None:
+        state.read_sharded_weights(folder, model)
+
+
+def _placed(model: PreTrainedModel, config: Arithmetic, *, frozen: bool, mesh: Mesh) -> PreTrainedModel:
+    _prepared(model, config, mesh)
+    if mesh.size == 1:  # more ranks shard it first
+        model.to(pick_device(config.device))
+        _read_weights(model)
     model.eval() if frozen else model.train()
     return model.requires_grad_(not frozen)
 
 
-def _prepared(model: PreTrainedModel, config: Arithmetic) -> PreTrainedModel:
-    model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
+def _prepared(model: PreTrainedModel, config: Arithmetic, mesh: Mesh) -> PreTrainedModel:
+    if mesh.sequence_group is None:
+        model._varlen_attention = use_varlen_attention(model, backend=config.attention_backend)
+    else:
+        model._varlen_attention = use_ulysses(model, mesh.sequence_group, backend=config.attention_backend)
+    model._mesh = mesh
     model._autocast = config.bf16
     _turn_off_dropout(model)
     return model

@@ -21,6 +21,7 @@ from torch import nn
 
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.muon import Muon
+from nova_train.sharding import like_parameter
 
 
 def learning_rate_factor(step: int, total_steps: int, config: TrainConfig) -> float:
@@ -75,12 +76,22 @@ class Optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+    @property
+    def by_name(self) -> dict[str, torch.optim.Optimizer]:
+        return dict(zip(("adamw", "muon"), (optimizer for optimizer, _ in self._members), strict=False))
+
     def state_dict(self) -> list[dict[str, Any]]:
         return [optimizer.state_dict() for optimizer, _ in self._members]
 
     def load_state_dict(self, states: Iterable[dict[str, Any]]) -> None:
-        for (optimizer, _), state in zip(self._members, states, strict=True):
-            optimizer.load_state_dict(state)
+        """States of one process; ranks that shard the parameters shard them, too."""
+        for (optimizer, _), saved in zip(self._members, states, strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            moments = {
+                index: {name: like_parameter(value, parameters[index]) for name, value in entry.items()}
+                for index, entry in saved["state"].items()
+            }
+            optimizer.load_state_dict({**saved, "state": moments})
 
 
 def muon_names(model: nn.Module, named: Iterable[tuple[str, nn.Parameter]]) -> set[str]:

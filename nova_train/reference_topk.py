@@ -27,7 +27,7 @@ from nova_train.config import ConfigError
 from nova_train.datasets import read_rows
 from nova_train.loader import samples_fingerprint
 from nova_train.losses import predicted_tokens
-from nova_train.model import Arithmetic, hidden_states, lm_head, load_model_config
+from nova_train.model import Arithmetic, hidden_states, lm_head, load_model_config, own_tokens
 from nova_train.samples import OnBadRow, Overlong, Sample, sft_samples
 
 ROWS = "reference_rows"  # per token: the cache's row at the position that predicts it, -1 where it is not trained
@@ -56,14 +56,15 @@ class ReferenceOptions(Arithmetic, Protocol):
 def top_k_of(model: PreTrainedModel, packed: PackedBatch, k: int, temperature: float) -> TopK:
     """The model's top K at every trained position of a packed row, [R, K] on the model's device."""
     head = lm_head(model)
-    hidden, _ = predicted_tokens(hidden_states(model, packed), packed.labels)
+    own = own_tokens(model, packed.num_tokens)
+    hidden, _ = predicted_tokens(hidden_states(model, packed), packed.labels, own)
     return linear_topk_select(hidden, head.weight, k, temperature=temperature, **head.kwargs())
 
 
-def cached_top_k(cache: TopKReferenceCache, packed: PackedBatch) -> TopK:
-    """The same of samples from `with_cache_rows`, from the cache, on the CPU."""
+def cached_top_k(cache: TopKReferenceCache, packed: PackedBatch, own: slice = slice(None)) -> TopK:
+    """The same of samples from `with_cache_rows`, from the cache, on the CPU; of the predictions `own`."""
     rows = packed.extra[ROWS][0, 1:]
-    return cache[rows[rows >= 0]]
+    return cache[rows[rows >= 0][own]]
 
 
 def supervised_samples(names: Sequence[str], config: ReferenceOptions, chat: Chat) -> list[Sample]:

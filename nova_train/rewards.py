@@ -17,7 +17,8 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from torch import Tensor, nn
 from nova_kernels.packing import PackedBatch, pack_samples
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
-from nova_train.model import hidden_states, load_reward_model, load_tokenizer
+from nova_train.mesh import Mesh
+from nova_train.model import distribute, hidden_states, load_reward_model, load_tokenizer, mesh_of
 from nova_train.rollout import Completion
 from nova_train.samples import Prompt
+from nova_train.sharding import gathered
 
 REWARD_MODEL = "reward_model"  # the learned score's name in metrics
 TOKENS_PER_BATCH = 16_384  # of one packed forward of the reward model
@@ -154,10 +157,20 @@ def score_sequences(
 
 
 def last_token_rewards(model: Any, hidden: Tensor, packed: PackedBatch) -> Tensor:
-    """The head at each sequence's last token: hidden [T, H] -> fp32 (fp64 for fp64) [S], by length alone."""
-    last = packed.cu_seqlens[1 : packed.num_samples + 1].long().to(hidden.device) - 1
-    rewards: Tensor = model.score(hidden[last])[:, 0]
-    return rewards if rewards.dtype == torch.float64 else rewards.float()
+    """The head at each sequence's last token: hidden [t, H] -> fp32 (fp64 for fp64) [S], by length alone.
+
+    Of a row that ranks split, each has the last tokens of some sequences; all of them get all rewards.
+    """
+    mesh = mesh_of(model)
+    own = mesh.own_tokens(packed.num_tokens)
+    last = packed.cu_seqlens[1 : packed.num_samples + 1].long() - 1
+    mine = ((last >= own.start) & (last < own.stop)).nonzero()[:, 0]
+    found: Tensor = model.score(hidden[(last[mine] - own.start).to(hidden.device)])[:, 0]
+    found = found if found.dtype == torch.float64 else found.float()
+    if mine.numel() == last.numel() and mesh.sequence_group is None:
+        return found
+    rewards = found.new_zeros(last.numel()).index_put((mine.to(found.device),), found)
+    return mesh.sum_over_sequence(rewards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +190,9 @@ class Judge:
         reward_weights: Sequence[float] | None,
         config: TrainConfig,
         chat: Chat,
+        mesh: Mesh | None = None,
     ) -> Judge:
-        """Load both kinds; the weights are 1 each unless given.
+        """Load both kinds; the weights are 1 each unless given. Ranks of a mesh share the reward model's weights.
 
         Raises:
             ConfigError: the reward model's tokenizer gives other ids than the policy's.
@@ -188,9 +202,16 @@ class Judge:
         model = None
         if reward_model is not None:
             check_same_tokens(chat.tokenizer, load_tokenizer(reward_model), reward_model)
-            model = load_reward_model(reward_model, config, frozen=True)
+            model = load_reward_model(
+                reward_model, config, frozen=True, mesh=replace(mesh or Mesh(), splits_rows=False)
+            )
+            distribute(model, config, mesh or Mesh())
         count = len(functions) + (model is not None)
         return cls(chat, model, functions, [1.0] * count if reward_weights is None else list(reward_weights))
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Inside the `with` every rank may score as many answers as it likes."""
+        return nullcontext() if self.model is None else gathered(self.model)
 
     def each(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> dict[str, Tensor]:
         """Every score by name, fp64 [n]; NaN = not scored."""

@@ -56,7 +56,7 @@ def with_weights(model: nn.Module, function: Callable[..., ResultT], *args: Any)
 
     All ranks must call it equally often. Its result is a tensor, or dicts, lists and tuples of them.
     """
-    result: ResultT = function(*args) if not is_sharded(model) else model._root(function, *args)  # type: ignore[operator, union-attr]
+    result: ResultT = function(*args) if not is_sharded(model) else model._root(function, *args)  # type: ignore[operator]
     return result
 
 
@@ -83,8 +83,9 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def like_parameter(value: Any, parameter: Tensor) -> Any:
     """A whole tensor of a parameter's shape, sharded as the parameter is; anything else as it is."""
-    fits = isinstance(value, Tensor) and value.shape == parameter.shape and isinstance(parameter, DTensor)
-    if not fits or isinstance(value, DTensor):
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or isinstance(value, DTensor):
+        return value
+    if value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 

@@ -6,6 +6,7 @@
             manifest.json         size and SHA-256 of every other file of the checkpoint
             trainer.pt            optimisers, source position, random states, metric windows
             model.safetensors ... the model, as Hugging Face saves it
+            sharded/              instead of these: weights and optimisers, written by several ranks, read by any number
         finished.json             written last: the run is complete, with its fingerprint
 
 "State" means saved weights and what belongs to them; "checkpoint" alone means activations elsewhere in this package.
@@ -25,11 +26,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as sharded_files
 import yaml
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from nova_train.config import PRESENTATION_KEYS, TrainConfig, config_to_dict, write_config, write_text
+from nova_train.config import TrainConfig, config_to_dict, identity_of, write_config, write_text
+from nova_train.mesh import Mesh
 
 log = logging.getLogger(__name__)
+
+SHARDED = "sharded"  # folder within a checkpoint of several ranks
 
 
 class StateError(RuntimeError):
@@ -53,10 +65,10 @@ def claim_folder(config: Any, stage: str) -> None:
                 "remove it or choose another output_dir"
             )
         found = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
-        names = sorted((set(found) | set(wanted)) - PRESENTATION_KEYS)
-        differing = [name for name in names if found.get(name) != wanted.get(name)]
+        there, here = identity_of(found), identity_of(wanted)
+        differing = [name for name in sorted(set(there) | set(here)) if there.get(name) != here.get(name)]
         if differing and holds_work(folder):
-            shown = "; ".join(f"{n}: {found.get(n)!r} there, {wanted.get(n)!r} here" for n in differing[:5])
+            shown = "; ".join(f"{n}: {there.get(n)!r} there, {here.get(n)!r} here" for n in differing[:5])
             raise StateError(
                 f"{folder} holds another run ({shown}); choose another output_dir, or remove the folder to start again"
             )
@@ -109,37 +121,87 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 
 def save_checkpoint(
-    output_dir: str | Path, step: int, write_files: Callable[[Path], None], trainer: Mapping[str, Any], *, keep: int
+    output_dir: str | Path,
+    step: int,
+    write_files: Callable[[Path], None],
+    trainer: Mapping[str, Any],
+    *,
+    keep: int,
+    mesh: Mesh | None = None,
 ) -> Path:
     """Write `checkpoint-<step>`, complete or not at all, then remove all but the newest `keep`.
 
     Args:
-        write_files: writes the model (and whatever a stage adds) into the folder it is given.
-        trainer: the rest, saved as trainer.pt; only tensors and plain Python types.
+        write_files: writes the model (and whatever a stage adds) into the folder it is given; every rank calls it.
+        trainer: the rest, saved as trainer.pt by the first rank; only tensors and plain Python types.
         keep: how many checkpoints stay; at least 2 lets a damaged one fall back on the one before.
     """
+    mesh = mesh or Mesh()
     final = Path(output_dir) / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+
+    def begin() -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+
+    def complete() -> None:
+        torch.save(dict(trainer), partial / "trainer.pt")
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {path.relative_to(partial).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+        write_text(partial / "manifest.json", json.dumps({"step": step, "files": manifest}, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        for old in list_checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+
+    mesh.on_main(begin)
     write_files(partial)
-    torch.save(dict(trainer), partial / "trainer.pt")
-    manifest = {p.name: [p.stat().st_size, _sha256(p)] for p in sorted(partial.iterdir()) if p.is_file()}
-    write_text(partial / "manifest.json", json.dumps({"step": step, "files": manifest}, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(partial, final)
-    for old in list_checkpoints(output_dir)[:-keep]:
-        shutil.rmtree(old)
+    mesh.on_main(complete)
     return final
+
+
+def has_sharded_weights(folder: str | Path) -> bool:
+    """Whether a checkpoint was written by several ranks."""
+    return (Path(folder) / SHARDED / ".metadata").exists()
+
+
+def write_sharded(folder: Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """Each rank writes its part of the weights and of the optimisers' tensors."""
+    sharded_files.save(
+        {"model": get_model_state_dict(model), **_moments(model, optimizers)}, checkpoint_id=folder / SHARDED
+    )
+
+
+def read_sharded_weights(folder: Path, model: nn.Module) -> None:
+    """Into a model that is sharded in any way, or not at all."""
+    _read(folder, {"model": (weights := get_model_state_dict(model))})
+    set_model_state_dict(model, weights)
+
+
+def read_sharded_optimizers(folder: Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
+    """The same for optimisers, whose tensors are made first."""
+    found = _moments(model, optimizers)
+    _read(folder, found)
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(model, optimizer, found[name])
+
+
+def _moments(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
+    return {name: get_optimizer_state_dict(model, optimizer) for name, optimizer in optimizers.items()}
+
+
+def _read(folder: Path, values: dict[str, Any]) -> None:
+    alone = not torch.distributed.is_initialized()
+    sharded_files.load(values, checkpoint_id=folder / SHARDED, no_dist=alone)
 
 
 def drop_newer(output_dir: str | Path, step: int) -> None:
     """Remove the checkpoints behind the step a run continues from: they are damaged, or of a future that changes."""
-    for checkpoint in list_checkpoints(output_dir):
-        if int(checkpoint.name.split("-")[-1]) > step:
-            shutil.rmtree(checkpoint)
+    for found in list_checkpoints(output_dir):
+        if int(found.name.split("-")[-1]) > step:
+            shutil.rmtree(found)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nova_kernels.logprob import linear_logprobs
+from nova_kernels.packing import IGNORE_INDEX
 from nova_kernels.topk_kl import TopK, TopKReferenceCache, linear_topk_kl_div
 from nova_train import kl as kl_penalty
 from nova_train import loop
@@ -36,15 +38,19 @@ from nova_train.datasets import read_rows
 from nova_train.evaluate import mean_rewards
 from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch
 from nova_train.loader import PackedLoader, ShuffledLoader
-from nova_train.losses import clipped_policy_loss, predicted_tokens
+from nova_train.losses import clipped_policy_loss, own_predictions, predicted_tokens
 from nova_train.memory import attach_segments
+from nova_train.mesh import Mesh
 from nova_train.model import (
     check_head,
+    distribute,
     end_generation_at,
     hidden_states,
     lm_head,
     load_causal_lm,
     load_tokenizer,
+    mesh_of,
+    own_tokens,
 )
 from nova_train.reference_topk import (
     cache_header,
@@ -57,6 +63,7 @@ from nova_train.reference_topk import (
 from nova_train.rewards import Judge
 from nova_train.rollout import Completion, generate, sampling_seed
 from nova_train.samples import Prompt, prompts
+from nova_train.sharding import gathered
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +166,12 @@ class PolicyObjective:
 
     def counts(self, batch: RolloutBatch | PTXBatch) -> Mapping[str, float]:
         if isinstance(batch, PTXBatch):
-            return {"ptx": float(batch.ref.lse.numel())}
+            return {"ptx": float((batch.packed.labels[0, 1:] != IGNORE_INDEX).sum())}
         return {"policy": batch.count, "kl": batch.count}
 
     def terms(self, batch: RolloutBatch | PTXBatch) -> loop.LossTerms:
-        hidden, targets = predicted_tokens(hidden_states(self.model, batch.packed), batch.packed.labels)
+        own = own_tokens(self.model, batch.num_tokens)
+        hidden, targets = predicted_tokens(hidden_states(self.model, batch.packed), batch.packed.labels, own)
         if isinstance(batch, PTXBatch):
             return self._ptx_terms(hidden, batch.ref)
         return self._policy_terms(hidden, targets, batch)
@@ -177,7 +185,8 @@ class PolicyObjective:
         return loop.LossTerms(sums={"ptx": kl.sum()}, metrics=metrics)
 
     def _policy_terms(self, hidden: Tensor, targets: Tensor, batch: RolloutBatch) -> loop.LossTerms:
-        config, head = self.config, lm_head(self.model)
+        config, head, mesh = self.config, lm_head(self.model), mesh_of(self.model)
+        own = own_predictions(batch.packed.labels, own_tokens(self.model, batch.num_tokens))
         ref = None if batch.ref is None else batch.ref.to(hidden.device)
         out = linear_logprobs(
             hidden,
@@ -191,18 +200,19 @@ class PolicyObjective:
         )
         kl = torch.zeros_like(out.entropy) if out.kl is None else out.kl
         if batch.old_logprobs is None or batch.token_advantages is None:
-            batch.old_logprobs = out.logprobs.detach()
+            # Of all tokens of the row: an answer may lie on several ranks.
+            batch.old_logprobs, kl_of_row = (_of_row(x.detach(), own, batch, mesh) for x in (out.logprobs, kl))
             batch.token_advantages = kl_penalty.token_advantages(
-                batch.advantages, kl, batch.lengths, beta=config.beta, placement=config.kl_placement
+                batch.advantages, kl_of_row, batch.lengths, beta=config.beta, placement=config.kl_placement
             )
         policy = clipped_policy_loss(
             out.logprobs,
-            batch.old_logprobs.to(hidden.device),
-            batch.token_advantages.to(hidden.device),
+            batch.old_logprobs[own].to(hidden.device),
+            batch.token_advantages[own].to(hidden.device),
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
         )
-        weights = batch.token_weights.to(out.logprobs)
+        weights = batch.token_weights[own].to(out.logprobs)
         sums = {"policy": (weights * policy.loss).sum()}
         if kl_penalty.kl_in_loss(config.kl_placement) and config.beta > 0:
             sums["kl"] = (weights * kl).sum()
@@ -220,6 +230,15 @@ class PolicyObjective:
         return loop.LossTerms(sums=sums, metrics=metrics)
 
 
+def _of_row(values: Tensor, own: slice, batch: RolloutBatch, mesh: Mesh) -> Tensor:
+    """[R] of a whole row from this rank's part of it."""
+    if mesh.sequence_group is None:
+        return values
+    row = values.new_zeros(batch.token_weights.numel())
+    row[own] = values
+    return mesh.sum_over_sequence(row)
+
+
 def ref_mass(ref: TopK) -> Tensor:
     """The reference's probability [n] of its own kept entries."""
     return torch.exp(torch.logsumexp(ref.values / ref.temperature, dim=-1) - ref.lse)
@@ -233,36 +252,61 @@ def run(config: GRPOConfig) -> Path:
     if start.finished:
         return Path(config.output_dir)
     chat = Chat(load_tokenizer(source))
-    policy = load_causal_lm(start.model_path(source), config)
+    mesh = start.mesh
+    policy = load_causal_lm(start.model_path(source), config, mesh=mesh)
     check_head(policy)
+    distribute(policy, config, mesh)
     end_generation_at(policy, chat.end_of_turn_id)
     plan = attach_segments(policy, config)
-    judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat)
+    judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat, mesh)
     loader = ShuffledLoader(
         _prompts(config.dataset_name, config, chat),
-        per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        per_step=config.step_size(mesh.dp),
         per_micro_batch=config.per_device_train_batch_size,
         epochs=config.num_train_epochs,
         seed=config.seed,
         max_steps=None if config.max_steps is None else math.ceil(config.max_steps / config.num_iterations),
     )
-    ptx, ptx_cache = _ptx_source(config, chat)
+    ptx, ptx_cache = _ptx_source(config, chat, mesh)
+    reference = None
+    if config.needs_reference():
+        reference = distribute(load_causal_lm(source, config, frozen=True, mesh=mesh), config, mesh)
+
+    @contextmanager
+    def weights_ready() -> Iterator[None]:
+        with gathered(policy), judge.ready():
+            yield
+
     experience = Experience(
         loader,
         ptx,
-        load_causal_lm(source, config, frozen=True) if config.needs_reference() else None,
+        reference,
         lambda some, places: _answers(policy, chat, config, some, places, config.temperature),
         judge.score,
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
         ptx_cache=ptx_cache,
+        ready=weights_ready,
         max_steps=config.max_steps,
+        mesh=mesh,
     )
     held_out = _prompts(config.eval_dataset_name, config, chat) if config.eval_dataset_name else []
 
     def evaluate() -> Mapping[str, float]:
-        places = [(-1, index) for index in range(len(held_out))]
-        answers = _answers(policy, chat, config, held_out, places, config.eval_temperature)
-        return mean_rewards(held_out, judge.each(held_out, answers))
+        asked = [(prompt, (-1, index)) for index, prompt in enumerate(held_out)]
+
+        def answers_of(some: Sequence[tuple[Prompt, tuple[int, int]]]) -> list[Completion]:
+            return _answers(policy, chat, config, [p for p, _ in some], [at for _, at in some], config.eval_temperature)
+
+        def scores_of(some: Sequence[tuple[Prompt, Completion]]) -> list[dict[str, float]]:
+            scores = judge.each([prompt for prompt, _ in some], [answer for _, answer in some])
+            return [{name: float(values[i]) for name, values in scores.items()} for i in range(len(some))]
+
+        with weights_ready():
+            answers = mesh.spread(asked, answers_of)
+            scores = mesh.spread(list(zip(held_out, answers, strict=True)), scores_of)
+        return mean_rewards(
+            held_out, {name: torch.tensor([one[name] for one in scores], dtype=torch.float64) for name in scores[0]}
+        )
 
     loop.train(
         loop.Training(
@@ -306,7 +350,7 @@ def _prompts(names: Sequence[str], config: GRPOConfig, chat: Chat) -> list[Promp
     return prompts(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
 
 
-def _ptx_source(config: GRPOConfig, chat: Chat) -> tuple[PackedLoader | None, TopKReferenceCache | None]:
+def _ptx_source(config: GRPOConfig, chat: Chat, mesh: Mesh) -> tuple[PackedLoader | None, TopKReferenceCache | None]:
     """Packs of supervised samples, and the cache of the reference's top-K over them if there is one."""
     if config.ptx_kl_weight == 0:
         return None, None
@@ -327,5 +371,6 @@ def _ptx_source(config: GRPOConfig, chat: Chat) -> tuple[PackedLoader | None, To
         packs_per_micro_batch=config.ptx_batch_size,
         epochs=None,
         seed=config.seed + 1,
+        mesh=mesh,
     )
     return loader, cache

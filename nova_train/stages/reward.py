@@ -30,18 +30,23 @@ from nova_train.datasets import read_rows
 from nova_train.loader import ShuffledLoader
 from nova_train.losses import bradley_terry, next_token_targets, score_error
 from nova_train.memory import attach_segments
+from nova_train.mesh import Mesh, Repeat
 from nova_train.model import (
     Head,
     check_head,
+    distribute,
     give_own_pad_token,
     hidden_states,
     lm_head,
     load_causal_lm,
     load_reward_model,
     load_tokenizer,
+    mesh_of,
+    own_tokens,
 )
 from nova_train.rewards import last_token_rewards
 from nova_train.samples import Pair, preference_pairs
+from nova_train.sharding import with_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,23 +152,28 @@ class PairwiseAndAbsolute:
 
     def terms(self, batch: PairBatch) -> loop.LossTerms:
         hidden = hidden_states(self.model, batch.packed)
-        rewards = last_token_rewards(self.model, hidden, batch.packed)
-        chosen, rejected = rewards[: batch.num_pairs], rewards[batch.num_pairs :]
-        errors = score_error(rewards, batch.scores.to(rewards))
+        rewards = last_token_rewards(self.model, hidden, batch.packed).view(2, -1)
+        scores = batch.scores.to(rewards).view(2, -1)
+        # Ranks that share the row have all rewards; each takes the loss of some pairs.
+        mesh = mesh_of(self.model)
+        rewards, scores = rewards[:, mesh.sp_rank :: mesh.sp], scores[:, mesh.sp_rank :: mesh.sp]
+        chosen, rejected = rewards
+        errors = score_error(rewards, scores)
         sums = {"bt": bradley_terry(chosen, rejected).sum(), "score": errors.sum()}
         if self.weights["lm"] > 0:
-            targets = next_token_targets(batch.packed.labels).to(hidden.device)
+            own = own_tokens(self.model, batch.num_tokens)
+            targets = next_token_targets(batch.packed.labels)[own].to(hidden.device)
             tied = self.model.get_input_embeddings().weight
             weight, options = (tied, {}) if self.head is None else (self.head.weight, self.head.kwargs())
             sums["lm"] = linear_cross_entropy(hidden, weight, targets, **options).sum()
         margin = (chosen - rejected).detach()
-        scored = float((~torch.isnan(batch.scores)).sum())
+        scored, pairs = float((~torch.isnan(scores)).sum()), margin.numel()
         metrics: dict[str, tuple[Tensor | float, float]] = {
-            "accuracy": ((margin > 0).double().sum(), batch.num_pairs),
-            "margin": (margin.sum(), batch.num_pairs),
-            "mean_reward": (rewards.detach().sum(), 2 * batch.num_pairs),
+            "accuracy": ((margin > 0).double().sum(), pairs),
+            "margin": (margin.sum(), pairs),
+            "mean_reward": (rewards.detach().sum(), 2 * pairs),
             "score_mae": (errors.detach().sqrt().sum(), scored),
-            "scored_fraction": (scored, 2 * batch.num_pairs),
+            "scored_fraction": (scored, 2 * pairs),
         }
         return loop.LossTerms(sums=sums, metrics=metrics)
 
@@ -179,8 +189,9 @@ def run(config: RewardConfig) -> Path:
     pairs = _read_pairs(config.dataset_name, chat, config)
     scales = score_scales(pairs)
     held_out = _read_pairs(config.eval_dataset_name, chat, config) if config.eval_dataset_name else []
-    model = load_reward_model(start.model_path(source), config)
+    model = load_reward_model(start.model_path(source), config, mesh=start.mesh)
     give_own_pad_token(model, tokenizer, chat.end_of_turn_id)
+    distribute(model, config, start.mesh)
     plan = attach_segments(model, config)
 
     def save_extra(folder: Path) -> None:
@@ -202,15 +213,16 @@ def run(config: RewardConfig) -> Path:
             objective=objective,
             source=ShuffledLoader(
                 pairs,
-                per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+                per_step=config.step_size(start.mesh.dp),
                 per_micro_batch=config.per_device_train_batch_size,
                 epochs=config.num_train_epochs,
                 seed=config.seed,
                 max_steps=config.max_steps,
                 collate=lambda some: collate_pairs(some, scales),
+                mesh=start.mesh,
             ),
             save_extra=save_extra,
-            evaluate=(lambda: evaluate_pairs(objective, held_out, scales)) if held_out else None,
+            evaluate=(lambda: evaluate_pairs(objective, held_out, scales, start.mesh)) if held_out else None,
             facts={"pairs": len(pairs)},
         )
     )
@@ -219,14 +231,24 @@ def run(config: RewardConfig) -> Path:
 
 @torch.no_grad()
 def evaluate_pairs(
-    objective: PairwiseAndAbsolute, pairs: Sequence[Pair], scales: Mapping[str, ScoreScale], *, per_batch: int = 64
+    objective: PairwiseAndAbsolute,
+    pairs: Sequence[Pair],
+    scales: Mapping[str, ScoreScale],
+    mesh: Mesh | None = None,
+    *,
+    per_batch: int = 64,
 ) -> dict[str, float]:
     """Accuracy and mean margin over held-out pairs, `per_batch` at a time."""
+    mesh = mesh or Mesh()
     correct = margin = 0.0
-    for first in range(0, len(pairs), per_batch):
-        metrics = objective.terms(collate_pairs(pairs[first : first + per_batch], scales)).metrics
-        correct += float(metrics["accuracy"][0])
-        margin += float(metrics["margin"][0])
+    for first in mesh.share(range(0, len(pairs), per_batch)):
+        counted = not isinstance(first, Repeat)
+        first = first.item if isinstance(first, Repeat) else first
+        batch = collate_pairs(pairs[first : first + per_batch], scales)
+        metrics = with_weights(objective.model, lambda batch=batch: objective.terms(batch).metrics)
+        correct += float(metrics["accuracy"][0]) * counted
+        margin += float(metrics["margin"][0]) * counted
+    correct, margin = (sum(values) for values in zip(*mesh.gather((correct, margin)), strict=True))
     return {"eval_accuracy": correct / len(pairs), "eval_margin": margin / len(pairs)}
 
 

@@ -24,8 +24,19 @@ from nova_train.datasets import Row, read_rows
 from nova_train.loader import PackedLoader
 from nova_train.losses import predicted_tokens
 from nova_train.memory import attach_segments
-from nova_train.model import check_head, end_generation_at, hidden_states, lm_head, load_causal_lm, load_tokenizer
+from nova_train.mesh import Mesh, Repeat
+from nova_train.model import (
+    check_head,
+    distribute,
+    end_generation_at,
+    hidden_states,
+    lm_head,
+    load_causal_lm,
+    load_tokenizer,
+    own_tokens,
+)
 from nova_train.samples import sft_samples
+from nova_train.sharding import with_weights
 
 Sample = Mapping[str, Any]
 MakeSamples = Callable[[Sequence[Row], Chat], list[Sample]]
@@ -58,7 +69,8 @@ class NextToken:
 
     def terms(self, batch: PackedBatch) -> loop.LossTerms:
         head = lm_head(self.model)
-        hidden, targets = predicted_tokens(hidden_states(self.model, batch), batch.labels)
+        own = own_tokens(self.model, batch.num_tokens)
+        hidden, targets = predicted_tokens(hidden_states(self.model, batch), batch.labels, own)
         losses = linear_cross_entropy(hidden, head.weight, targets, ignore_index=None, **head.kwargs())
         return loop.LossTerms(sums={"sft": losses.sum()})
 
@@ -87,9 +99,10 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
             return make_samples(rows, chat)
         return list(sft_samples(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row))
 
-    loader = packed_loader(samples_of(config.dataset_name), config, packing=config.packing)
-    model = load_causal_lm(start.model_path(str(config.model_name_or_path)), config)
+    loader = packed_loader(samples_of(config.dataset_name), config, start.mesh, packing=config.packing)
+    model = load_causal_lm(start.model_path(str(config.model_name_or_path)), config, mesh=start.mesh)
     check_head(model)
+    distribute(model, config, start.mesh)
     end_generation_at(model, chat.end_of_turn_id)
     plan = attach_segments(model, config)
     objective = NextToken(model, {"sft": 1.0})
@@ -103,35 +116,46 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
             objective=objective,
             source=loader,
             save_extra=tokenizer.save_pretrained,
-            evaluate=(lambda: {"eval_loss": mean_loss(objective, held_out, config)}) if held_out else None,
+            evaluate=(lambda: {"eval_loss": mean_loss(objective, held_out, config, start.mesh)}) if held_out else None,
         )
     )
     return Path(config.output_dir)
 
 
-def packed_loader(samples: Sequence[Sample], config: TrainConfig, *, packing: bool = True) -> PackedLoader:
+def packed_loader(samples: Sequence[Sample], config: TrainConfig, mesh: Mesh, *, packing: bool = True) -> PackedLoader:
     """Packs of `max_length` tokens, `per_device_train_batch_size` of them side by side in a micro-batch."""
     return PackedLoader(
         samples,
         capacity=config.max_length,
-        packs_per_step=config.per_device_train_batch_size * config.gradient_accumulation_steps,
+        packs_per_step=config.step_size(mesh.dp),
         packs_per_micro_batch=config.per_device_train_batch_size,
         epochs=config.num_train_epochs,
         seed=config.seed,
         packing=packing,
         max_steps=config.max_steps,
+        mesh=mesh,
     )
 
 
 @torch.no_grad()
-def mean_loss(objective: NextToken, samples: Sequence[Sample], config: TrainConfig) -> float:
+def mean_loss(objective: NextToken, samples: Sequence[Sample], config: TrainConfig, mesh: Mesh) -> float:
     """Mean loss per trained token over held-out samples, each counted once."""
     packs = PackedLoader(
-        samples, capacity=config.max_length, packs_per_step=1, packs_per_micro_batch=1, epochs=1, seed=config.seed
+        samples,
+        capacity=config.max_length,
+        packs_per_step=mesh.dp,
+        packs_per_micro_batch=1,
+        epochs=1,
+        seed=config.seed,
+        mesh=mesh,
     )
     total = count = 0.0
     for _ in range(len(packs)):
         for batch in packs.next_step():
-            total += float(objective.terms(batch).sums["sft"])
-            count += objective.counts(batch)["sft"]
-    return total / max(count, 1.0)
+            counts = not isinstance(batch, Repeat)
+            batch = batch.item if isinstance(batch, Repeat) else batch
+            sums = with_weights(objective.model, lambda batch=batch: objective.terms(batch).sums)
+            total += float(sums["sft"]) * counts
+            count += objective.counts(batch)["sft"] * counts
+    found = mesh.gather((total, count / mesh.sp))
+    return sum(part for part, _ in found) / max(sum(part for _, part in found), 1.0)
