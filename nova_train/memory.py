@@ -8,8 +8,8 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
     logits chunk     2 * 4 * V min(tokens, rows of a chunk)   logits and their gradient in fp32
     activations      peak of the plan over one full row       a micro-batch is one row; one graph lives at a time
 
-The peak of a plan is of layers and loss as they ran, with the logits chunk in it: that line stands only where there is
-no plan.
+The peak of a plan is of layers and loss as they ran, and the logits chunk belongs to the loss: that line stands only
+where there is no plan.
 
 The plan is made for the longest row a micro-batch can be, each of its tokens trained, on a model of fake tensors: they
 have the training's device and dtypes, so that the same backends run under the same autocast, and no memory.
@@ -26,7 +26,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,8 +162,9 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
             f"segments: the activations of {type(model).__name__} cannot be predicted ({_first_line(error)}); "
             "give segments as a number of layers, which needs no prediction"
         ) from error
-    # The profile ran the loss, chunk and all.
     parts = [part for part in estimate_memory(config) if part.name != LOGITS]
+    unseen = _logits_within_the_loss(config, model)
+    profile = replace(profile, loss=profile.loss.plus(unseen), under_autocast=profile.under_autocast.plus(unseen))
     budget = None
     if config.segments == "auto":
         budget = device_budget(config)
@@ -174,6 +175,16 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
         with _attached(model, config.segments) as handle:
             plan = SegmentPlan.of(profile, handle.sizes, tokens=tokens)
     return MemoryPlan(parts=parts, activations=plan, profile=profile, tokens=tokens, budget=budget)
+
+
+def _logits_within_the_loss(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Bytes of the chunk that the head's operator makes and frees inside itself, where no profile sees it.
+
+    On a CPU the logits of few rows leave the operator, and were seen.
+    """
+    rows = chunk_rows(model.config.vocab_size, torch.device(pick_device(config.device)))
+    seen = pick_device(config.device) == "cpu" and config.row_tokens() <= rows
+    return 0 if seen or not config.has_logits() else 8 * min(rows, config.row_tokens()) * model.config.vocab_size
 
 
 def attach_segments(model: PreTrainedModel, config: TrainConfig) -> MemoryPlan | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny
+from nova_kernels.lm_head import arithmetic
 from nova_train import memory
 from nova_train.config import ConfigError
 from nova_train.stages import grpo, reward, sft
@@ -154,6 +155,16 @@ def test_logits_count_once(folder: Path) -> None:
     names, planned = [part.name for part in estimate], [part.name for part in plan.parts]
     assert names == ["weights", "gradients", "AdamW", "logits chunk"] and planned == names[:-1]
     assert plan.profile.at(TOKENS).loss >= 4 * TOKENS * 512
+
+
+def test_logits_that_an_operator_keeps_to_itself_belong_to_the_loss(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows beyond a chunk: neither fake tensors nor the tracker see the chunk, so it is added."""
+    plain = memory.plan_memory(config(folder)).profile.at(TOKENS).loss
+    monkeypatch.setattr(arithmetic, "chunk_elements", lambda device: 16 * 512)
+    chunked = memory.plan_memory(config(folder)).profile.at(TOKENS).loss
+    assert 8 * 16 * 512 < chunked < plain
 
 
 def test_a_budget_below_the_floor_names_the_floor(folder: Path) -> None:
