@@ -64,7 +64,7 @@ class ModelShape:
         """The shape in a Hugging Face configuration: an object or a mapping, read by the names of its fields.
 
         Raises:
-            ValueError: a family whose layers are built otherwise, or a field that is missing.
+            ValueError: a family whose layers are built otherwise, a field that is missing or no number of elements.
         """
 
         def read(field: str, default: Any = None) -> Any:
@@ -79,6 +79,10 @@ class ModelShape:
             )
         if missing := [field for field in _REQUIRED if read(field) is None]:
             raise ValueError(f"ModelShape: the configuration has no {missing[0]}")
+        sizes = {field: read(field) for field in (*_REQUIRED, *_OPTIONAL) if read(field) is not None}
+        if wrong := [(key, size) for key, size in sizes.items() if not isinstance(size, int) or size < 1]:
+            key, size = wrong[0]
+            raise ValueError(f"ModelShape: {key} must be a whole number of at least 1, got {size!r}")
         extras = {
             ours: told if isinstance(told, bool) else bool(read(told)) for ours, told in _FAMILIES[family].items()
         }
@@ -127,6 +131,7 @@ class ModelShape:
 
 
 _REQUIRED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+_OPTIONAL = ("num_key_value_heads", "head_dim")
 # What the layers of a family have beside the plain matrices: always, or where a field of the configuration says so.
 _ATTENTION_BIAS = {"qkv_bias": "attention_bias", "out_bias": "attention_bias"}
 _FAMILIES: Mapping[str, Mapping[str, bool | str]] = MappingProxyType(

@@ -8,6 +8,9 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
     logits chunk     2 * 4 * V min(tokens, rows of a chunk)   logits and their gradient in fp32
     activations      peak of the plan over one full row       a micro-batch is one row; one graph lives at a time
 
+The peak of a plan is of layers and loss as they ran, and the logits chunk belongs to the loss: that line stands only
+where there is no plan.
+
 The plan is made for the longest row a micro-batch can be, each of its tokens trained, on a model of fake tensors: they
 have the training's device and dtypes, so that the same backends run under the same autocast, and no memory.
 
@@ -23,7 +26,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +55,7 @@ from nova_train.values import parse_bytes
 
 log = logging.getLogger(__name__)
 
+LOGITS = "logits chunk"
 SAMPLE_TOKENS = 512  # of the row that is profiled, where nothing asks for more
 GPU_SHARE, CPU_SHARE = 0.9, 0.5  # of the device's memory, where no memory_budget is given
 
@@ -73,7 +77,7 @@ class MemoryPart:
 class MemoryPlan:
     """What stays on the device, and what activations add at the worst moment of a micro-batch."""
 
-    parts: list[MemoryPart]  # all but activations
+    parts: list[MemoryPart]  # all but activations and what the loss holds
     activations: SegmentPlan  # for a full row
     profile: Profile
     tokens: int  # of a full row
@@ -136,7 +140,7 @@ def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
         part("gradients", 1, trained),
         part("AdamW", 2, trained - muon),
         part("Muon", 1, muon),
-        MemoryPart(name="logits chunk", num_bytes=8 * logits, formula=f"2 x {logits:,} logits x 4 bytes"),
+        MemoryPart(name=LOGITS, num_bytes=8 * logits, formula=f"2 x {logits:,} logits x 4 bytes"),
     ]
     return [line for line in parts if line.num_bytes]
 
@@ -158,7 +162,9 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
             f"segments: the activations of {type(model).__name__} cannot be predicted ({_first_line(error)}); "
             "give segments as a number of layers, which needs no prediction"
         ) from error
-    parts = estimate_memory(config)
+    parts = [part for part in estimate_memory(config) if part.name != LOGITS]
+    unseen = _logits_within_the_loss(config, model)
+    profile = replace(profile, loss=profile.loss.plus(unseen), under_autocast=profile.under_autocast.plus(unseen))
     budget = None
     if config.segments == "auto":
         budget = device_budget(config)
@@ -169,6 +175,16 @@ def plan_memory(config: TrainConfig) -> MemoryPlan:
         with _attached(model, config.segments) as handle:
             plan = SegmentPlan.of(profile, handle.sizes, tokens=tokens)
     return MemoryPlan(parts=parts, activations=plan, profile=profile, tokens=tokens, budget=budget)
+
+
+def _logits_within_the_loss(config: TrainConfig, model: PreTrainedModel) -> int:
+    """Bytes of the chunk that the head's operator makes and frees inside itself, where no profile sees it.
+
+    On a CPU the logits of few rows leave the operator, and were seen.
+    """
+    rows = chunk_rows(model.config.vocab_size, torch.device(pick_device(config.device)))
+    seen = pick_device(config.device) == "cpu" and config.row_tokens() <= rows
+    return 0 if seen or not config.has_logits() else 8 * min(rows, config.row_tokens()) * model.config.vocab_size
 
 
 def attach_segments(model: PreTrainedModel, config: TrainConfig) -> MemoryPlan | None:
@@ -281,18 +297,18 @@ def _fastest(config: TrainConfig, profile: Profile, budget: int, resident: int) 
     except InfeasibleBudgetError as error:
         floor = error.nearest.predicted_peak_bytes
         raise ConfigError(
-            f"memory_budget {format_bytes(budget)}: weights, gradients, optimiser and logits take "
+            f"memory_budget {format_bytes(budget)}: weights, gradients and optimiser take "
             f"{format_bytes(resident)} and a row of {config.row_tokens():,} tokens at least {format_bytes(floor)} "
             f"more; give at least {resident + floor} bytes, or lower max_length or per_device_train_batch_size"
         ) from error
 
 
-def _attached(model: nn.Module, segments: int | list[int] | SegmentPlan) -> Any:
+def _attached(model: PreTrainedModel, segments: int | list[int] | SegmentPlan) -> Any:
     """The handle of `checkpoint_segments`, or what is wrong with the key."""
     try:
         return checkpoint_segments(model, segments)
     except ValueError as error:
-        raise ConfigError(f"segments: {error}") from error
+        raise ConfigError(f"segments: {error}, or auto") from error
 
 
 def _trained(config: TrainConfig, place: AbstractContextManager[Any]) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -258,6 +259,9 @@ def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **
     except OSError as error:
         reason = "it has no model that opens" if Path(path).exists() else "no such folder here, and not on the Hub"
         raise ConfigError(f"model {path}: {reason} ({str(error).splitlines()[0]})") from error
+    except StrictDataclassError as error:
+        field = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(" .")
+        raise ConfigError(f"model {path}: {field}; correct its config.json") from error
 
 
 def _without_weights(family: Any, path: str | Path, config: Arithmetic) -> PreTrainedModel:

@@ -33,7 +33,13 @@ def parse_bytes(value: str | int, where: str) -> int:
     Raises:
         ConfigError: text that is no size, or one below a byte; `where` opens the message.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", str(value).strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-zA-Z]*)", str(value).strip())
+    if match is not None and match[2].lower() in ("k", "m", "g", "t"):
+        number, letter = match[1], match[2].upper()
+        raise ConfigError(
+            f"{where} {value!r} has two meanings: give {number}{letter}iB (powers of 1024) or {number}{letter}B "
+            "(powers of 1000)"
+        )
     if match is None or match[2].lower() not in UNITS:
         raise ConfigError(f"{where} must be a size such as 60GiB, 80GB or 64000000000 (bytes), got {value!r}")
     size = int(Fraction(match[1]) * UNITS[match[2].lower()])

@@ -46,7 +46,7 @@ def random_layer(rng: random.Random) -> LayerCost:
 def random_chain(rng: random.Random, num_layers: int) -> Chain:
     layers = [random_layer(rng) for _ in range(num_layers)]
     for index in range(min(num_layers, rng.choice([0, 0, 1, 3]))):  # frozen ones at the bottom
-        layers[index] = replace(layers[index], graph=False, saved=0, saves_input=False, copies=0, backward=0)
+        layers[index] = replace(layers[index], saves=False, saved=0, saves_input=False, copies=0, backward=0)
     return Chain(
         layers=tuple(layers),
         loss=rng.randint(0, 100),
@@ -54,6 +54,7 @@ def random_chain(rng: random.Random, num_layers: int) -> Chain:
         after_loss=rng.randint(-10, 10),
         embedding=rng.randint(0, 60),
         fixed=rng.randint(0, 9),
+        held=0 if layers[0].saves else layers[0].boundary,
     )
 
 
@@ -82,7 +83,7 @@ def outcomes(chain: Chain, allow: tuple[Action, ...], fsdp: FSDP | None, host: H
     def extend(start: int, kept: int, copies: int, flight: int, peak: int, time: int, hosted: int) -> None:
         if start == num_layers:
             if limit is None or hosted <= limit:
-                loss = kept + max(chain.loss, chain.under_autocast - copies)
+                loss = kept + chain.held + max(chain.loss, chain.under_autocast - copies)
                 found.append((chain.fixed + max(peak, loss, chain.embedding), time))
             return
         for stop in range(start + 1, num_layers + 1):
@@ -242,7 +243,7 @@ def test_work_beyond_64_bits_is_planned_the_same() -> None:
 
 def test_frozen_layers_at_the_bottom_cost_no_boundary() -> None:
     layer = block_chain(1, 5.0).layers[0]
-    frozen = replace(layer, graph=False, saved=0, saves_input=False, backward=0)
+    frozen = replace(layer, saves=False, saved=0, saves_input=False, backward=0)
     chain = Chain(layers=(frozen,) * 3 + (layer,) * 2)
     apart, together = (SegmentPlan.of(chain, sizes) for sizes in ([1, 1, 1, 1, 1], [1, 3, 1]))
     assert [segment.kept for segment in apart.cost.segments] == [0, 0, 0, 1000, 1000]

@@ -198,17 +198,60 @@ def test_a_recomputation_ends_with_the_last_tensor_saved(config: Any, name: str)
     assert plan.predicted_peak_bytes == pytest.approx(measured, rel=0.01), plan.table()
 
 
-@pytest.mark.parametrize("sizes", [[1] * LAYERS, [4, 4], [2, 3, 3], [LAYERS]], ids=str)
-@pytest.mark.parametrize("action", ["segment", "nested"])
-def test_frozen_layers_keep_nothing(action: str, sizes: list[int]) -> None:
-    model = make_model("llama")
+def only_upper_layers(model: nn.Module) -> None:
     for module in (model.get_input_embeddings(), *model.model.layers[:5]):
         module.requires_grad_(False)
+
+
+def only_the_head(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+
+
+def adapters(model: nn.Module) -> None:
+    """As PEFT trains: small matrices in every layer, and an input that needs a gradient as a leaf."""
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("freeze", [only_upper_layers, only_the_head, adapters])
+@pytest.mark.parametrize("sizes", [[1] * LAYERS, [4, 4], [2, 3, 3], [LAYERS]], ids=str)
+@pytest.mark.parametrize("action", ["keep", "segment", "nested"])
+def test_frozen_layers_keep_nothing(freeze: Callable[[nn.Module], None], action: str, sizes: list[int]) -> None:
+    model = make_model("llama")
+    freeze(model)
     sample = {"input_ids": torch.arange(96)[None] % 60, "use_cache": False}
     plan = SegmentPlan.of(profile_layers(model, sample), sizes, action)
     with checkpoint_segments(model, plan):
         measured = measured_peak(model, lambda: model(**sample).logits.sum())
     assert plan.predicted_peak_bytes == pytest.approx(measured, rel=0.01), plan.table()
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [3, 3, 2]], ids=str)
+def test_layers_that_save_nothing_keep_no_boundary(sizes: list[int]) -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.by = nn.Parameter(torch.ones(8))
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return (hidden + self.by) * 2
+
+    layers = nn.ModuleList([Shift() if index % 2 else nn.Linear(8, 8) for index in range(8)])
+
+    def loss(layers: nn.ModuleList, sample: Tensor) -> Tensor:
+        hidden = sample * 1.0
+        for layer in layers:
+            hidden = layer(hidden)
+        return hidden.sum()
+
+    sample = torch.randn(64, 8)
+    plan = SegmentPlan.of(profile_layers(layers, sample, loss=loss), sizes)
+    with checkpoint_segments(layers, plan):
+        measured = measured_peak(layers, lambda: loss(layers, sample))
+    assert plan.predicted_peak_bytes == pytest.approx(measured, rel=0.03), plan.table()
 
 
 def test_attention_that_is_quadratic_is_noticed() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import tiny
+from nova_kernels.lm_head import arithmetic
 from nova_train import memory
 from nova_train.config import ConfigError
 from nova_train.stages import grpo, reward, sft
@@ -143,14 +144,33 @@ def test_gradients_are_moved_bit_for_bit_and_unused_parameters_keep_none() -> No
 
 
 def test_segments_that_do_not_fit_are_refused_by_key(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"segments: .*sizes \[3, 2\] must be positive and sum to the 6 layers"):
+    says = r"segments: .*sizes \[3, 2\] must .* sum to the 6 layers; they sum to 5: change them, or give one number"
+    with pytest.raises(ConfigError, match=says):
         sft.run(config(folder, output_dir=str(tmp_path), segments=[3, 2]))
+
+
+def test_logits_count_once(folder: Path) -> None:
+    """A profile has the loss in it, chunk of logits and all; the line of the estimate is for models without one."""
+    estimate, plan = memory.estimate_memory(config(folder)), memory.plan_memory(config(folder))
+    names, planned = [part.name for part in estimate], [part.name for part in plan.parts]
+    assert names == ["weights", "gradients", "AdamW", "logits chunk"] and planned == names[:-1]
+    assert plan.profile.at(TOKENS).loss >= 4 * TOKENS * 512
+
+
+def test_logits_that_an_operator_keeps_to_itself_belong_to_the_loss(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows beyond a chunk: neither fake tensors nor the tracker see the chunk, so it is added."""
+    plain = memory.plan_memory(config(folder)).profile.at(TOKENS).loss
+    monkeypatch.setattr(arithmetic, "chunk_elements", lambda device: 16 * 512)
+    chunked = memory.plan_memory(config(folder)).profile.at(TOKENS).loss
+    assert 8 * 16 * 512 < chunked < plain
 
 
 def test_a_budget_below_the_floor_names_the_floor(folder: Path) -> None:
     auto = config(folder, segments="auto", memory_budget="1KiB")
     with pytest.raises(
-        ConfigError, match=r"memory_budget 1.0 KiB: weights, .* take 4.. MiB and a row of 256 "
+        ConfigError, match=r"memory_budget 1.0 KiB: weights, .* take 3.. MiB and a row of 256 "
     ) as error:
         memory.plan_memory(auto)
     floor = int(str(error.value).split("give at least ")[1].split(" bytes")[0])

@@ -47,6 +47,10 @@ class Lines:
             lines.add(line)
         return cls(tuple(_greatest(lines)))
 
+    def plus(self, num_bytes: int) -> Lines:
+        """The same with a constant on top."""
+        return Lines(tuple((a + num_bytes, b) for a, b in self.lines))
+
     def at(self, tokens: int) -> int:
         """Bytes at this number of tokens."""
         return round(max((a + b * tokens for a, b in self.lines), default=Fraction(0)))

@@ -42,7 +42,7 @@ class LayerCost:
     weights: int = 0  # its parameters
     flops: int = 1  # of one forward pass
     tail_flops: int = 0  # of those, behind the last tensor saved: a second pass leaves them out
-    graph: bool = True  # whether autograd has it in its graph: layers below the first trained parameter are not
+    saves: bool = True  # whether autograd saves anything of it: of layers below the first trained parameter it does not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,11 +52,11 @@ class Chain:
     layers: tuple[LayerCost, ...]
     loss: int = 0  # most alive in head, loss and their backward, above what the layers keep
     under_autocast: int = 0  # the same while the layers' autocast lasts, with its copies of all layers' weights
-    after_loss: int = (
-        0  # alive while the layers run backward: logits that somebody holds; below 0: `fixed` that is gone
-    )
+    # Alive while the layers run backward: logits that somebody holds. Below 0: what of `fixed` is gone by then.
+    after_loss: int = 0
     embedding: int = 0  # most alive in the backward of what comes before the layers
     fixed: int = 0  # alive all along: what layers share
+    held: int = 0  # the first layer's input, which the model holds through forward, where no segment keeps it
     num_tokens: int | None = None  # at which this holds, for messages
 
     def __post_init__(self) -> None:
@@ -144,7 +144,8 @@ def simulate(
         moments.append((kept + before + cost.backward + chain.after_loss, f"backward of segment {index}"))
         kept, copies = kept + cost.kept, copies + cost.copies
         before = before if action == "keep" else cost.in_flight
-    moments += [(kept + chain.loss, "loss"), (kept - copies + chain.under_autocast, "loss, under autocast")]
+    under_autocast = kept - copies + chain.under_autocast
+    moments += [(kept + chain.held + chain.loss, "loss"), (chain.held + under_autocast, "loss, under autocast")]
     moments.append((chain.embedding, "backward of the embedding"))
     peak, where = max(moments, key=lambda moment: moment[0])
     return Cost(
@@ -166,12 +167,13 @@ def segment_cost(
     if action == "keep":
         return _kept(chain, start, stop, fsdp)
     forward = _forward(chain, start, stop, fsdp)
-    if not any(layer.graph for layer in layers):
-        return SegmentCost(forward=forward, backward=0, kept=0)  # no backward asks for anything
+    if not any(layer.saves for layer in layers):
+        # No backward asks for anything that was thrown away.
+        return SegmentCost(forward=forward, backward=max(layer.backward for layer in layers), kept=0)
     flops = sum(layer.flops for layer in layers)
     if action == "nested":
         backward = _backward_nested(chain, start, stop, fsdp)
-        alone = sum(layer.flops - layer.tail_flops for layer in layers if layer.graph)
+        alone = sum(layer.flops - layer.tail_flops for layer in layers if layer.saves)
         recompute = flops - layers[-1].flops + alone
     else:
         backward = _backward(chain, start, stop, fsdp)
@@ -196,9 +198,11 @@ def _kept(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> SegmentCost
     before = _copies(chain, start)
     for index in range(start, stop):
         layer = chain.layers[index]
-        forward = max(forward, before + kept + layer.boundary + layer.recompute + _ahead(chain, index, fsdp))
+        whole = layer.boundary + _held(chain, index) + _ahead(chain, index, fsdp)
+        forward = max(forward, before + kept + layer.recompute + whole)
         kept += layer.saved + layer.boundary * layer.saves_input
-        backward = max(backward, kept + layer.backward + _whole(chain, index, index, index, fsdp))
+        if layer.saves or layer.backward:
+            backward = max(backward, kept + layer.backward + _whole(chain, index, index, index, fsdp))
     copies = sum(layer.copies for layer in chain.layers[start:stop])
     return SegmentCost(forward=forward, backward=backward, kept=kept, copies=copies)
 
@@ -211,7 +215,7 @@ def _forward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
         hidden = layers[start].boundary + (layer.boundary if index > start else 0)
         peak = max(peak, hidden + copies + layer.forward + _ahead(chain, index, fsdp))
         copies += layer.copies
-    return peak
+    return peak + _held(chain, start)
 
 
 def _backward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
@@ -235,15 +239,20 @@ def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> 
     inputs = peak = 0
     for index in range(start, stop):
         layer = layers[index]
-        kept = layer.graph or index == start  # the first input is kept in any case
+        kept = layer.saves or index == start  # the first input is kept in any case
         inputs += layer.boundary * kept
         if index < stop - 1:
             hidden = layer.boundary * (not kept)
             peak = max(peak, inputs + hidden + layer.forward + gradient + _whole(chain, start, index, stop - 1, fsdp))
-        if layer.graph:
-            alone = max(layer.recompute_cut + gradient, layer.saved + layer.backward)
-            peak = max(peak, inputs + alone + _whole(chain, start, index, index, fsdp))
+        again = layer.recompute_cut + gradient if layer.saves else 0
+        alone = max(again, layer.saved + layer.backward)
+        peak = max(peak, inputs + alone + _whole(chain, start, index, index, fsdp))
     return peak
+
+
+def _held(chain: Chain, start: int) -> int:
+    """The first layer's input while layer `start` runs forward; while the first one does, it is its own."""
+    return chain.held if start > 0 else 0
 
 
 def _copies(chain: Chain, start: int) -> int:

@@ -77,11 +77,14 @@ class Segment:
         self._frame = self._nest = self._last = None
 
     def _boundary(self, hidden: Tensor) -> Boundary:
-        if self._action != "offload":
+        if self._action != "offload" or not self._has_backward(hidden):
             return Held(hidden)
         stored = self._offloader.store(hidden)
         self._stored = weakref.ref(stored)
         return stored
+
+    def _has_backward(self, hidden: Tensor) -> bool:
+        return hidden.requires_grad or any(p.requires_grad for layer in self.layers for p in layer.parameters())
 
     def _nested_frame(self, call: Call, before: Frame) -> Frame:
         if self._nest is None:

@@ -39,7 +39,7 @@ class LayerRun:
     recompute: list[int]
     recompute_cut: list[int]  # of `recompute`, up to the last tensor saved
     backward: list[int]
-    graph: bool  # whether its output needs a gradient
+    saves: bool  # whether autograd saves anything
     cached: int  # of weights in another dtype, which autocast holds until it ends
     flops: int
     tail_flops: int
@@ -118,12 +118,15 @@ def measure_rest(
 ) -> RestRun:
     """Forward and backward of the model with layers that return their input."""
     rest, tracker = RestRun(), StorageTracker()
+    first: weakref.ref[torch.UntypedStorage] | None = None  # of the first layer's input
     held: list[Any] = []  # what the layers are given is alive as long as they are
 
     def autocast_ended() -> None:
         rest.under_autocast = len(tracker.totals)
 
     def entered(hidden: Tensor) -> None:
+        nonlocal first
+        first = weakref.ref(hidden.untyped_storage())
         rest.needs_gradient = hidden.requires_grad
         rest.shared = tracker.current - tracker.bytes_of(hidden)
         tracker.reset_peak()
@@ -132,6 +135,8 @@ def measure_rest(
     def left(gradient: Tensor) -> None:
         rest.loss = [total - rest.shared for total in tracker.totals]
         rest.after_loss = tracker.current - gradient.untyped_storage().nbytes() - rest.shared
+        if first is not None and (storage := first()) is not None:  # a leaf: the first segment has it, too
+            rest.after_loss -= storage.nbytes()
         tracker.reset_peak()
 
     def hollow(index: int, layer: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,9 +178,9 @@ def measure_rest(
 def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
     """Three passes of one layer: keeping nothing, keeping all and backward, and counting FLOPs."""
     with _gradients_of(list(record.call.layer.parameters())):
-        forward, until_last_saved, cached = _pass_that_drops(record, needs_gradient)
+        forward, until_last_saved, saves, cached = _pass_that_drops(record, needs_gradient)
         boundary = record.hidden.numel() * record.hidden.element_size()
-        graph, saved, saves_input, recompute, backward = _pass_that_keeps(record, needs_gradient, boundary)
+        saved, saves_input, recompute, backward = _pass_that_keeps(record, needs_gradient, boundary)
     flops, tail = _count_flops(record, needs_gradient)
     return LayerRun(
         boundary=boundary,
@@ -185,21 +190,21 @@ def measure_layer(record: Record, *, needs_gradient: bool) -> LayerRun:
         recompute=recompute,
         recompute_cut=recompute[:until_last_saved],
         backward=backward,
-        graph=graph,
+        saves=saves,
         cached=cached,
         flops=flops,
         tail_flops=tail,
     )
 
 
-def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int, int]:
+def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], int, bool, int]:
     seed = _seed(needs_gradient)
-    until_last_saved = 0
+    until_last_saved, saves = 0, False
     with StorageTracker() as tracker:
 
         def drop(_: Tensor) -> None:
-            nonlocal until_last_saved
-            until_last_saved = len(tracker.totals)
+            nonlocal until_last_saved, saves
+            until_last_saved, saves = len(tracker.totals), True
 
         with record.call.surroundings.again(), saved_tensors_hooks(drop, _unwanted):
             hidden = _fresh(record.hidden, seed)
@@ -209,12 +214,10 @@ def _pass_that_drops(record: Record, needs_gradient: bool) -> tuple[list[int], i
             totals = [total - before for total in tracker.totals]
             del output, hidden
             inside = tracker.current
-        return totals, until_last_saved, inside - tracker.current
+        return totals, until_last_saved, saves, inside - tracker.current
 
 
-def _pass_that_keeps(
-    record: Record, needs_gradient: bool, boundary: int
-) -> tuple[bool, int, bool, list[int], list[int]]:
+def _pass_that_keeps(record: Record, needs_gradient: bool, boundary: int) -> tuple[int, bool, list[int], list[int]]:
     seed = _seed(needs_gradient)
     with StorageTracker() as tracker:
         with record.call.surroundings.again():
@@ -225,7 +228,7 @@ def _pass_that_keeps(
             output = record.call.run(hidden)
             recompute = [total - before for total in tracker.totals]
             if not output.requires_grad:
-                return False, 0, False, recompute, [0]
+                return 0, False, recompute, [0]
             end = _Sink.apply(output)
             del output, hidden
         saves_input = alive() is not None
@@ -233,8 +236,7 @@ def _pass_that_keeps(
         tracker.reset_peak()
         end.backward()
         backward = [total - kept for total in tracker.totals]
-    saved = kept - end.untyped_storage().nbytes() - saves_input * boundary
-    return True, saved, saves_input, recompute, backward
+    return kept - end.untyped_storage().nbytes() - saves_input * boundary, saves_input, recompute, backward
 
 
 def _count_flops(record: Record, needs_gradient: bool) -> tuple[int, int]:

@@ -45,7 +45,7 @@ class LayerProfile:
     backward: Lines
     copies: int  # bytes, as are
     weights: int
-    graph: bool
+    saves: bool
     flops: tuple[float, float]  # a T + b T^2
     tail_flops: tuple[float, float]
 
@@ -62,7 +62,7 @@ class LayerProfile:
             weights=self.weights,
             flops=max(1, round(self.flops[0] * tokens + self.flops[1] * tokens**2)),
             tail_flops=round(self.tail_flops[0] * tokens + self.tail_flops[1] * tokens**2),
-            graph=self.graph,
+            saves=self.saves,
         )
 
 
@@ -112,6 +112,7 @@ class Profile:
             after_loss=self.after_loss.at(tokens),
             embedding=self.embedding.at(tokens),
             fixed=self.shared.at(tokens),
+            held=0 if self.layers[0].saves else self.layers[0].boundary.at(tokens),
             num_tokens=tokens,
         )
 
@@ -213,7 +214,7 @@ def _fitted_layer(tokens: list[int], runs: list[LayerRun], weights: int) -> Laye
         backward=Lines.through(tokens, [run.backward for run in runs]),
         copies=runs[-1].cached,
         weights=weights,
-        graph=runs[-1].graph,
+        saves=runs[-1].saves,
         flops=_quadratic(tokens, [run.flops for run in runs]),
         tail_flops=_quadratic(tokens, [run.tail_flops for run in runs]),
     )

@@ -106,6 +106,7 @@ class Program:
             + max(0, self._chain.after_loss)
             + self._chain.embedding
             + self._chain.fixed
+            + 2 * self._chain.held
         )
 
     def _best(self, budget: int, *, timed: bool) -> Plan | None:
@@ -124,7 +125,8 @@ class Program:
                     ending[step.stop].append(self._extended(labels, start, step, budget, timed=timed))
         labels = _undominated(ending[-1], budget)
         under_autocast = labels[:, COPIES] + self._chain.under_autocast
-        labels = labels[labels[:, KEPT] + np.maximum(self._chain.loss, under_autocast) <= budget]
+        loss = self._chain.held + np.maximum(self._chain.loss, under_autocast)
+        labels = labels[labels[:, KEPT] + loss <= budget]
         return self._path(labels[0], fronts) if len(labels) else None
 
     def _extended(self, labels: np.ndarray, start: int, step: _Step, budget: int, *, timed: bool) -> np.ndarray:

@@ -189,5 +189,8 @@ def _sizes(num_layers: int, segments: int | Sequence[int]) -> list[int]:
         return [segments] * full + ([rest] if rest else [])
     sizes = [operator.index(size) for size in segments]
     if sum(sizes) != num_layers or min(sizes, default=1) < 1:
-        raise ValueError(f"checkpoint_segments: sizes {sizes} must be positive and sum to the {num_layers} layers")
+        raise ValueError(
+            f"checkpoint_segments: sizes {sizes} must be positive and sum to the {num_layers} layers; they sum to "
+            f"{sum(sizes)}: change them, or give one number of layers per segment"
+        )
     return sizes

@@ -11,47 +11,32 @@ No weights are loaded and nothing is computed: `kernels: eager` and `fused` coun
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from nova_kernels.checkpoint import (
     ACTIONS,
     FSDP,
     Action,
-    Chain,
     InfeasibleBudgetError,
     SegmentPlan,
+    format_bytes,
     plan_segments,
-    profile_layers,
 )
-from nova_kernels.integrations.transformers import use_varlen_attention
 from nova_train.config import ConfigError, unknown_name
-from nova_train.fleet import (
-    MODEL_SHAPES,
-    Card,
-    Kernels,
-    MemoryNeed,
-    ModelShape,
-    chain_of,
-    equal_segments,
-    memory_need,
-    sharded,
-)
-from nova_train.model import load_model_config
+from nova_train.fleet import MODEL_SHAPES, Card, Kernels, MemoryNeed, equal_segments, memory_need, sharded
+from nova_train.subject import Counting, Subject, by_formula, subject_of
+from nova_train.values import parse_bytes
 
 GIB = 2**30
 GB = 10**9
 FASTEST = "fastest that fits"
-PROFILED_TOKENS = 64
 WIDTH = 136  # characters of the widest table; they are Markdown and are not folded
 
 
@@ -79,6 +64,7 @@ FLEET = (
     Setting("qwen2-72b", 32768, "eager", 0),
     Setting("qwen2-72b", 32768, "fused", 0),
 )
+EQUAL_SEGMENTS = (1, 2, 3, 4, 6, 8)
 FLEET_SEGMENTS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 20, 40, 80)
 
 # Plans with the lowest peak: the actions they may use, and whether layers are sharded again within a recomputation.
@@ -97,11 +83,13 @@ class PlanMemoryConfig:
     model: str | None = None  # llama-3-70b, qwen2-72b, a folder or config.json, or a Hugging Face name
     tokens: int = 16384  # packed tokens per GPU in one forward pass, one document
     gpus: int | None = None  # None: for each plan the smallest number on which it fits
-    kernels: Literal["eager", "fused", "measured"] = "fused"  # what layers save: HF modules, fused kernels, or a count
+    kernels: Counting = "fused"  # what layers save: HF modules, fused kernels, or a count
     logit_bytes: float = 0.0  # per logit at the loss: 0 fused or reward head, 8 fp32 and gradient, 12 one more copy
-    segments: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 6, 8])  # layers per segment of the equal plans
-    memory_budget: float | None = None  # GiB for all but states and slack; None: what is left on one of `gpus`
-    allow: list[Action] = field(default_factory=lambda: list(ACTIONS))  # actions of the fastest plan under the budget
+    # Layers per segment of the equal plans; None: those of 1, 2, 3, 4, 6, 8 that the model has layers for.
+    segments: list[int] | None = None
+    # Bytes or a text like 60GiB: all that training may occupy on one GPU. None: card_gb without slack_gb.
+    memory_budget: int | str | None = None
+    allow: list[Action] = field(default_factory=lambda: list(ACTIONS))  # actions of the fastest plan on `gpus`
     card_gb: float = 80.0  # memory of one GPU in 10^9 bytes
     slack_gb: float = 4.0  # of that, for context, workspaces and fragmentation
     bytes_per_parameter: float = 16.0  # bf16 weight and gradient, fp32 master weight and two moments
@@ -110,7 +98,7 @@ class PlanMemoryConfig:
     def __post_init__(self) -> None:
         if isinstance(self.segments, int):
             object.__setattr__(self, "segments", [self.segments])
-        for key in ("tokens", "gpus", "card_gb", "bytes_per_parameter", "memory_budget"):
+        for key in ("tokens", "gpus", "card_gb", "bytes_per_parameter"):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ConfigError(f"{key} must be positive, got {value}")
@@ -119,7 +107,13 @@ class PlanMemoryConfig:
                 raise ConfigError(f"{key} must be at least 0, got {getattr(self, key)}")
         if self.slack_gb >= self.card_gb:
             raise ConfigError(f"slack_gb {self.slack_gb} leaves nothing of card_gb {self.card_gb}")
-        if bad := [size for size in self.segments if size < 1]:
+        room = round((self.card_gb - self.slack_gb) * GB)
+        if self.memory_budget is not None and parse_bytes(self.memory_budget, "memory_budget") > room:
+            raise ConfigError(
+                f"memory_budget {self.memory_budget} is more than the {format_bytes(room)} that card_gb {self.card_gb} "
+                f"less slack_gb {self.slack_gb} leaves; give less, or a larger card_gb"
+            )
+        if bad := [size for size in self.segments or [] if size < 1]:
             raise ConfigError(f"segments: expected at least 1 layer per segment, got {bad[0]}")
         if unknown := [action for action in self.allow if action not in ACTIONS]:
             raise ConfigError(f"allow: {unknown_name('action', unknown[0], list(ACTIONS))}")
@@ -131,21 +125,18 @@ class PlanMemoryConfig:
 
     @property
     def card(self) -> Card:
-        """The GPU."""
+        """The GPU; of a memory_budget nothing is set aside, so the slack comes on top of it."""
+        slack, budget = round(self.slack_gb * GB), self.memory_budget
         return Card(
-            memory_bytes=round(self.card_gb * GB),
-            slack_bytes=round(self.slack_gb * GB),
+            memory_bytes=round(self.card_gb * GB) if budget is None else parse_bytes(budget, "memory_budget") + slack,
+            slack_bytes=slack,
             bytes_per_parameter=self.bytes_per_parameter,
         )
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Subject:
-    """The model that is planned for."""
-
-    name: str
-    parameters: int
-    chain: Chain  # with the logits in `loss`
+    def subject(self) -> Subject:
+        """The model, its layers counted by formula or on the meta device; errors as in `subject_of`."""
+        assert self.model is not None, "the config asks for a model or the fleet"
+        return subject_of(self.model, self.tokens, self.kernels, self.logit_bytes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -165,39 +156,29 @@ def run(config: PlanMemoryConfig, *, console: Console | None = None) -> None:
             console.print(Text(f"{tokens:,} tokens per GPU: GiB of activations and logits / GPUs needed\n"))
             console.print(fleet_table(config, tokens), Text())
         return
-    subject = subject_of(config)
+    subject = config.subject()
     rows = list(plan_rows(subject, config))
     console.print(Text("\n".join([*heading(subject, config), ""])))
     console.print(model_table(rows, config), Text())
     console.print(Text(conclusion(rows, config)))
 
 
-def subject_of(config: PlanMemoryConfig) -> Subject:
-    """The model of a config, its layers counted by formula or on the meta device.
+def plan_rows(subject: Subject, config: PlanMemoryConfig) -> Iterator[PlanRow]:
+    """Every plan that is shown: all kept, equal segments, the leanest of each kind, the fastest that fits on `gpus`.
 
     Raises:
-        ConfigError: no such model, or one whose layers have no formula.
+        ConfigError: segments of more layers than there are; a memory_budget below the lowest peak there is.
     """
-    assert config.model is not None, "the config asks for a model or the fleet"
-    if config.kernels == "measured":
-        return _measured(_configuration(config.model), config)
-    shape = MODEL_SHAPES.get(config.model)
-    if shape is None:
-        try:
-            shape = ModelShape.from_config(_configuration(config.model).to_dict(), name=config.model)
-        except ValueError as error:
-            raise ConfigError(f"model {config.model}: {error}") from error
-    return _by_formula(shape, config.tokens, config.kernels, config.logit_bytes)
-
-
-def plan_rows(subject: Subject, config: PlanMemoryConfig) -> Iterator[PlanRow]:
-    """Every plan that is shown: all kept, equal segments, the leanest of each kind, the fastest under the budget."""
     num_layers = len(subject.chain.layers)
     yield _row("all kept", subject, SegmentPlan.of(subject.chain, [num_layers], "keep"))
-    for size in sorted(set(config.segments)):
-        if size <= num_layers:
-            name = f"{size} per segment" if size > 1 else "each layer"
-            yield _row(name, subject, SegmentPlan.of(subject.chain, equal_segments(num_layers, size)))
+    sizes = [size for size in EQUAL_SEGMENTS if size <= num_layers] if config.segments is None else config.segments
+    for size in sorted(set(sizes)):
+        if size > num_layers:
+            raise ConfigError(
+                f"segments: {size} layers per segment, but {subject.name} has {num_layers}; give at most {num_layers}"
+            )
+        name = f"{size} per segment" if size > 1 else "each layer"
+        yield _row(name, subject, SegmentPlan.of(subject.chain, equal_segments(num_layers, size)))
     yield from leanest_rows(subject, alone=config.gpus == 1)
     yield from _fastest(subject, config)
 
@@ -213,23 +194,23 @@ def leanest_rows(subject: Subject, *, alone: bool = False) -> Iterator[PlanRow]:
 
 
 def _fastest(subject: Subject, config: PlanMemoryConfig) -> Iterator[PlanRow]:
-    """The plan with the least work that stays under the budget, where there is a budget."""
-    budget = None if config.memory_budget is None else round(config.memory_budget * GIB)
-    if budget is None and config.gpus is not None:
-        bare = MemoryNeed(activations=0, logits=0, gathered=0, parameters=subject.parameters)
-        budget = config.card.memory_bytes - bare.total(config.gpus, config.card)
-    if budget is None or (budget <= 0 and config.memory_budget is None):
+    """The plan with the least work that fits on `gpus`; none where no plan fits on such cards."""
+    if config.gpus is None:
         return
+    bare = MemoryNeed(activations=0, logits=0, gathered=0, parameters=subject.parameters)
+    states, slack = bare.states(config.gpus, config.card), config.card.slack_bytes
+    left = config.card.memory_bytes - slack - states
     chain, fsdp = (subject.chain, None) if config.gpus == 1 else (sharded(subject.chain), FSDP())
     try:
-        plan = plan_segments(chain, budget_bytes=budget, allow=config.allow, fsdp=fsdp)
+        plan = plan_segments(chain, budget_bytes=max(left, 1), allow=config.allow, fsdp=fsdp)
     except InfeasibleBudgetError as error:
         if config.memory_budget is None:
             return
+        peak = error.nearest.predicted_peak_bytes
         raise ConfigError(
-            f"memory_budget {config.memory_budget} GiB lies below the "
-            f"{error.nearest.predicted_peak_bytes / GIB:.2f} GiB that the leanest plan of {', '.join(config.allow)} "
-            f"needs at {config.tokens:,} tokens; give at least that, or fewer tokens"
+            f"memory_budget {config.memory_budget}: on {_gpus(config.gpus)} states take {format_bytes(states)} of each "
+            f"and the leanest plan of {', '.join(config.allow)} {format_bytes(peak)} more at {config.tokens:,} tokens; "
+            f"give at least {states + peak} bytes, more GPUs or fewer tokens"
         ) from error
     yield _row(FASTEST, subject, plan)
 
@@ -251,10 +232,18 @@ def heading(subject: Subject, config: PlanMemoryConfig) -> Iterator[str]:
     n = first.saved / first.boundary + first.saves_input
     yield f"{subject.name}: {subject.parameters / 1e9:.2f}B parameters, {len(subject.chain.layers)} layers"
     yield f"{config.tokens:,} tokens per GPU; one layer saves n = {n:.2f} times its input ({config.kernels})"
-    yield (
-        f"cards of {config.card_gb:g} GB = {config.card.memory_bytes / GIB:.1f} GiB, {config.slack_gb:g} GB slack; "
-        f"{config.bytes_per_parameter:g} bytes per parameter, sharded; {config.logit_bytes:g} bytes per logit"
-    )
+    alone = config.gpus == 1
+    if config.memory_budget is None:
+        room = (
+            f"cards of {config.card_gb:g} GB = {config.card.memory_bytes / GIB:.1f} GiB, {config.slack_gb:g} GB slack"
+        )
+    else:
+        room = f"memory_budget {config.memory_budget} per GPU, and {config.slack_gb:g} GB slack"
+    states = f"{config.bytes_per_parameter:g} bytes per parameter" + (", sharded" if not alone else "")
+    yield f"{room}; {states}; {config.logit_bytes:g} bytes per logit"
+    if alone:
+        yield "GiB, calculated, not run; the sum is on one GPU, with the slack"
+        return
     yield "GiB per GPU, calculated, not run; states and sum (with the slack) at the number of GPUs " + (
         "that is the least for each plan" if config.gpus is None else f"asked for, {config.gpus}"
     )
@@ -262,32 +251,45 @@ def heading(subject: Subject, config: PlanMemoryConfig) -> Iterator[str]:
 
 def conclusion(rows: list[PlanRow], config: PlanMemoryConfig) -> str:
     """The plan to take: the fastest that fits if it was asked for, else the one on the fewest GPUs."""
+    leanest = min(rows, key=lambda row: row.need.total(2, config.card))
+    least = leanest.need.minimum_gpus(config.card)
+    if config.gpus is None and least is None:
+        limit = "card_gb" if config.memory_budget is None else "memory_budget"
+        return f"none of these fits on any number of GPUs; give fewer tokens, or a larger {limit}"
     if config.gpus is not None and not any(fits(row, config) for row in rows):
-        best = min(rows, key=lambda row: row.need.total(2, config.card))
-        least = best.need.minimum_gpus(config.card)
-        where = "no number of GPUs" if least is None else f"{least} GPUs"
-        return f"none of these fits on {config.gpus} GPUs; {best.name!r} would on {where}"
-    best = rows[-1] if rows[-1].name == FASTEST else min(rows, key=lambda row: row.need.total(2, config.card))
+        where = "no number of GPUs" if least is None else _gpus(least)
+        return f"none of these fits on {_gpus(config.gpus)}; {leanest.name!r} would on {where}"
+    best = rows[-1] if rows[-1].name == FASTEST else leanest
     return f"{best.name}:\n{best.plan.table()}"
 
 
 def model_table(rows: list[PlanRow], config: PlanMemoryConfig) -> Table:
-    """One row per plan; activations, logits, gathered layers, states and the slack of the card add up to the sum."""
-    fit = [] if config.gpus is None else ["fits"]
-    table = _table("plan", "activations", "logits", "gathered", "states", "sum", "again", "GPUs", *fit, "segments")
+    """One row per plan; activations, logits, gathered layers, states and the slack of the card add up to the sum.
+
+    One GPU alone gathers nothing, and how many it would take is not what is asked: it has no such columns.
+    """
+    alone = config.gpus == 1
+    columns = ["activations", "logits", *([] if alone else ["gathered"]), "states", "sum", "again"]
+    columns += [*([] if alone else ["GPUs"]), *([] if config.gpus is None else ["fits"]), "segments"]
+    table = _table("plan", *columns)
     for row in rows:
         need, card = row.need, config.card
         least = need.minimum_gpus(card)
         gpus = config.gpus or least
-        parts = [need.activations, need.logits, 0 if gpus == 1 else need.gathered]
-        cells = [f"{part / GIB:.1f}" for part in parts]
         # Without a number of GPUs there is nothing to divide the states by.
-        known = [] if gpus is None else [need.states(gpus, card), need.total(gpus, card)]
-        cells += [f"{part / GIB:.1f}" for part in known] or ["-", "-"]
-        cells += [f"{row.plan.predicted_recompute:.0%}", _number(least)]
-        if config.gpus is not None:
-            cells.append("yes" if fits(row, config) else "no")
-        table.add_row(row.name, *cells, segments_text(row.plan))
+        states, total = ("-", "-") if gpus is None else (_gib(need.states(gpus, card)), _gib(need.total(gpus, card)))
+        cells = {
+            "activations": _gib(need.activations),
+            "logits": _gib(need.logits),
+            "gathered": _gib(0 if gpus == 1 else need.gathered),
+            "states": states,
+            "sum": total,
+            "again": f"{row.plan.predicted_recompute:.0%}",
+            "GPUs": _number(least),
+            "fits": "yes" if config.gpus is not None and fits(row, config) else "no",
+            "segments": segments_text(row.plan),
+        }
+        table.add_row(row.name, *(cells[column] for column in columns))
     return table
 
 
@@ -309,7 +311,7 @@ def fleet_table(config: PlanMemoryConfig, tokens: int) -> Table:
     """
     settings = [setting for setting in FLEET if setting.tokens == tokens]
     table = _table("plan", *map(str, settings))
-    subjects = [_by_formula(MODEL_SHAPES[each.model], tokens, each.kernels, each.logit_bytes) for each in settings]
+    subjects = [by_formula(MODEL_SHAPES[each.model], tokens, each.kernels, each.logit_bytes) for each in settings]
     for size in FLEET_SEGMENTS:
         equal = [SegmentPlan.of(s.chain, equal_segments(len(s.chain.layers), size)[::-1]) for s in subjects]
         rows = [_row("", subject, plan) for subject, plan in zip(subjects, equal, strict=True)]
@@ -324,6 +326,14 @@ def _cell(row: PlanRow, config: PlanMemoryConfig) -> str:
     return f"{used:.{1 if used < 99.95 else 0}f} / {_number(row.need.minimum_gpus(config.card))}"
 
 
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.1f}"
+
+
+def _gpus(number: int) -> str:
+    return "1 GPU" if number == 1 else f"{number} GPUs"
+
+
 def _number(gpus: int | None) -> str:
     return "-" if gpus is None else f"{gpus:,}"
 
@@ -334,50 +344,3 @@ def _table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="left" if name == "segments" else "right", no_wrap=True)
     return table
-
-
-def _by_formula(shape: ModelShape, tokens: int, kernels: Literal["eager", "fused"], logit_bytes: float) -> Subject:
-    chain = chain_of(shape, tokens, kernels=kernels, logit_bytes=logit_bytes)
-    return Subject(name=shape.name, parameters=shape.parameters, chain=chain)
-
-
-def _configuration(model: str) -> Any:
-    """A Hugging Face configuration; a plain word that is no folder is a misspelt built-in name."""
-    if (shape := MODEL_SHAPES.get(model)) is not None:
-        return AutoConfig.for_model(
-            shape.family,
-            num_hidden_layers=shape.num_layers,
-            hidden_size=shape.hidden,
-            intermediate_size=shape.ffn,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            vocab_size=shape.vocab,
-        )
-    if not Path(model).exists() and "/" not in model:
-        unknown = unknown_name("model", model, list(MODEL_SHAPES))
-        raise ConfigError(f"{unknown} A folder, a config.json or owner/name will do as well")
-    return load_model_config(model)
-
-
-def _measured(settings: Any, config: PlanMemoryConfig) -> Subject:
-    """The whole model on the meta device, its layers profiled at a few tokens; the loss is that of the config."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-    use_varlen_attention(model)
-    boundaries = torch.tensor([0, PROFILED_TOKENS], dtype=torch.int32)
-    sample = {
-        "input_ids": torch.zeros(1, PROFILED_TOKENS, dtype=torch.int64, device="meta"),
-        "position_ids": torch.arange(PROFILED_TOKENS, device="meta")[None],
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": PROFILED_TOKENS,
-        "max_length_k": PROFILED_TOKENS,
-        "use_cache": False,
-    }
-    try:
-        chain = profile_layers(model, sample).at(config.tokens)
-    except ValueError as error:
-        raise ConfigError(f"model {config.model}, kernels: measured: {error}") from error
-    loss = round(config.tokens * settings.vocab_size * config.logit_bytes)
-    parameters = sum(weight.numel() for weight in model.parameters())
-    return Subject(name=str(config.model), parameters=parameters, chain=replace(chain, loss=loss, after_loss=0))
