@@ -16,27 +16,32 @@ REWARDS = """
 def ids(prompts, completions, completion_ids, **columns):
     return [float(sum(ids) % 17) for ids in completion_ids]
 """
-# (dp, sp) -> how a step of four packs, pairs or prompts is cut; on the last one a rank has less to do than the others
+# (dp, sp) -> how a step of six packs, pairs or prompts is cut: micro-batch, accumulation
 CUTS = {
-    (1, 1): [(4, 1), (2, 2)],
-    (2, 1): [(2, 1), (1, 2)],
-    (1, 2): [(4, 1), (1, 4)],
-    (2, 2): [(2, 1)],
+    (1, 1): [(6, 1)],
+    (2, 1): [(3, 1), (1, 3), (2, 3)],  # the last: three micro-batches on two ranks, one of them repeats one
+    (1, 2): [(6, 1), (2, 3)],
+    (2, 2): [(1, 3), (2, 3)],
 }
+MUON = {"optim": "muon", "muon_learning_rate": 0.02}
 
 
 def cases(dp: int, sp: int) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name of the output folder -> stage and options; what stands in front of a blank is what it must equal."""
     found = {}
     for stage in ("sft", "reward", "grpo"):
         for size, accumulation in CUTS[dp, sp]:
-            options = {
+            cut = {
                 "per_device_train_batch_size": size,
                 "gradient_accumulation_steps": accumulation,
+                "global_batch_size": 6,
                 "sequence_parallel_size": sp,
             }
-            if size == 3:
-                options |= {"gradient_accumulation_steps": 1, "global_batch_size": 3 * dp}
-            found[f"{stage}-{dp}-{sp}-{size}-{accumulation}"] = (stage, options)
+            name = f"{dp}-{sp}-{size}-{accumulation}"
+            found[f"{stage} {name}"] = (stage, cut)
+            if stage == "sft" and (size, accumulation) == CUTS[dp, sp][0]:
+                found[f"sft {name} segments"] = (stage, {**cut, "segments": 1})
+                found[f"muon {name}"] = (stage, {**cut, **MUON})
     return found
 
 
@@ -61,8 +66,8 @@ def difference(folder: Path, one: str, other: str) -> float:
 @pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 2)])
 def test_the_weights_are_those_of_one_rank(folder: Path, dp: int, sp: int) -> None:
     on_ranks(dp * sp, run_cases, cases(dp, sp), folder)
-    for name, (stage, _) in cases(dp, sp).items():
-        expected = f"{stage}-1-1-4-1"
+    for name in cases(dp, sp):
+        expected = f"{name.split()[0]} 1-1-6-1"
         assert difference(folder, expected, name) < 1e-10, name
         for line, wanted in zip(read_metrics(folder / name), read_metrics(folder / expected), strict=True):
             for values in (line, wanted):

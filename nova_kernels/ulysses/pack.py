@@ -79,15 +79,19 @@ def unpack_heads(
     Returns:
         q [t, Hq, D], k [t, Hkv, D], v [t, Hkv, D], contiguous, in the dtype of the buffer.
     """
-    wide = torch.float64 if buffer.dtype == torch.float64 else torch.float32
+    copied = sum(block.kv_heads for block in blocks) > num_kv_heads
+    wide = torch.promote_types(buffer.dtype, torch.float32) if copied else buffer.dtype
     q = buffer.new_empty(num_tokens, num_heads, head_dim)
     k, v = (buffer.new_zeros((num_tokens, num_kv_heads, head_dim), dtype=wide) for _ in range(2))
     for block, part in zip(blocks, _parts(buffer, blocks, num_tokens, head_dim), strict=True):
-        heads, keys = block.q_end - block.q_start, block.kv_end - block.kv_start
-        from_q, from_k, from_v = part.split([heads, keys, keys], dim=1)
+        from_q, from_k, from_v = part.split([block.heads, block.kv_heads, block.kv_heads], dim=1)
         q[:, block.q_start : block.q_end] = from_q
-        k[:, block.kv_start : block.kv_end] += from_k
-        v[:, block.kv_start : block.kv_end] += from_v
+        if copied:
+            k[:, block.kv_start : block.kv_end] += from_k
+            v[:, block.kv_start : block.kv_end] += from_v
+        elif block.kv_heads:
+            k[:, block.kv_start : block.kv_end] = from_k
+            v[:, block.kv_start : block.kv_end] = from_v
     if cos is not None and sin is not None:
         q, k = rotate_back(q, cos, sin), rotate_back(k, cos, sin)
     return q, k.to(buffer.dtype), v.to(buffer.dtype)
