@@ -40,16 +40,17 @@ def next_token_targets(labels: Tensor) -> Tensor:
     return torch.cat([labels[0, 1:], labels.new_full((1,), IGNORE_INDEX)])
 
 
-def predicted_tokens(hidden: Tensor, labels: Tensor, own: slice = slice(None)) -> tuple[Tensor, Tensor]:
+def predicted_tokens(hidden: Tensor, labels: Tensor, own: slice | None = None) -> tuple[Tensor, Tensor]:
     """Hidden states [R, H] of a packed row where they predict a trained token, and those tokens int64 [R].
 
     Labels [1, T] of a batch stay on the CPU: no GPU is waited for to know how many there are.
 
     Args:
-        hidden: [t, H], of the tokens `own` of the row.
+        hidden: [t, H], of the tokens `own` of the row; None: of all.
         labels: [1, T] of the whole row: the token behind a rank's last one is another rank's.
     """
-    targets = next_token_targets(labels)[own]
+    targets = next_token_targets(labels)
+    targets = targets if own is None else targets[own]
     places = (targets != IGNORE_INDEX).nonzero().squeeze(1)
     return hidden.index_select(0, places.to(hidden.device)), targets[places].to(hidden.device)
 

@@ -61,10 +61,11 @@ def top_k_of(model: PreTrainedModel, packed: PackedBatch, k: int, temperature: f
     return linear_topk_select(hidden, head.weight, k, temperature=temperature, **head.kwargs())
 
 
-def cached_top_k(cache: TopKReferenceCache, packed: PackedBatch, own: slice = slice(None)) -> TopK:
-    """The same of samples from `with_cache_rows`, from the cache, on the CPU; of the predictions `own`."""
+def cached_top_k(cache: TopKReferenceCache, packed: PackedBatch, own: slice | None = None) -> TopK:
+    """The same of samples from `with_cache_rows`, from the cache, on the CPU; of the predictions `own`; None: of all."""
     rows = packed.extra[ROWS][0, 1:]
-    return cache[rows[rows >= 0][own]]
+    rows = rows[rows >= 0]
+    return cache[rows if own is None else rows[own]]
 
 
 def supervised_samples(names: Sequence[str], config: ReferenceOptions, chat: Chat) -> list[Sample]:

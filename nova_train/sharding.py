@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nova_kernels.checkpoint.stack import layers_of
+from nova_kernels.checkpoint import layers_of
 from nova_train.mesh import Mesh
 
 ResultT = TypeVar("ResultT")

@@ -17,8 +17,9 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
-from nova_kernels.integrations import transformers as integration
-from nova_kernels.integrations.transformers import check_packing, use_varlen_attention
+from nova_kernels.integrations.transformers import attach
+from nova_kernels.integrations.transformers import use_varlen_attention
+from nova_kernels.integrations.transformers.packing_check import check_packing
 from nova_kernels.packing import PackedBatch, pack_samples
 
 LENGTHS = [5, 1, 11, 7]
@@ -183,10 +184,10 @@ def test_what_cannot_be_attached_is_refused() -> None:
 
 def test_no_mask_is_built_and_boundaries_are_settled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make_model("gemma2-softcap-window"), make_batch()
-    seen, settle, settled = [], integration.boundaries_on, []
+    seen, settle, settled = [], attach.boundaries_on, []
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(lambda _module, _args, kwargs: seen.append(kwargs), with_kwargs=True)
-    monkeypatch.setattr(integration, "boundaries_on", lambda *args: settled.append(args) or settle(*args))
+    monkeypatch.setattr(attach, "boundaries_on", lambda *args: settled.append(args) or settle(*args))
     with use_varlen_attention(model):
         model(input_ids=batch.input_ids, **batch.attention_kwargs())
     assert len(settled) == 1 and len(seen) == 3

@@ -25,7 +25,7 @@ from transformers import (
 
 from attention_truth import kernel
 from nova_kernels.attention import flash, torch_varlen
-from nova_kernels.integrations import transformers as integration
+from nova_kernels.integrations.transformers import interface
 from nova_kernels.integrations.transformers import use_varlen_attention
 from nova_kernels.packing import PackedBatch, pack_samples
 from nova_kernels.varlen import cu_seqlens_from_lengths, lengths_of
@@ -132,13 +132,13 @@ def test_packed_equals_one_by_one_on_the_models_own_attention(name: str, dtype: 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_row_that_leaks_fails(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same assertion, with boundaries that the attention ignores."""
-    model, batch, attend = make_model(name, dtype), make_batch(), integration.attend
+    model, batch, attend = make_model(name, dtype), make_batch(), interface.attend
 
     def leaking(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         whole = cu_seqlens_from_lengths([len(q)])
         return attend(q, k, v, **options | {"cu_seqlens": whole, "on_device": whole, "max_seqlen": len(q)})
 
-    monkeypatch.setattr(integration, "attend", leaking)
+    monkeypatch.setattr(interface, "attend", leaking)
     with use_varlen_attention(model), pytest.raises(AssertionError, match="logits"):
         assert_packed_equals_alone(model, batch)
 

@@ -4,6 +4,7 @@
     plan_segments         the plan that does the least work twice under a byte budget, or has the lowest peak
     checkpoint_segments   attaches a plan to a stack of layers that stays as it is, and returns a handle
     uniform_segments      equal segments by the rule k = sqrt(L / n)
+    layers_of             the stack of layers in a model, as all of these find it
     StorageTracker        bytes that are alive, exactly; what predictions are checked against
 
 With L layers, k per segment, and n = activations of one layer in units of its input, about L / k + k n units are
@@ -15,6 +16,7 @@ from nova_kernels.checkpoint.cost import ACTIONS, FSDP, Action, Chain, Cost, Hos
 from nova_kernels.checkpoint.plan import InfeasibleBudgetError, SegmentPlan, format_bytes, plan_segments
 from nova_kernels.checkpoint.profile import Profile, profile_layers
 from nova_kernels.checkpoint.segments import CheckpointHandle, checkpoint_segments, uniform_segments
+from nova_kernels.checkpoint.stack import layers_of
 from nova_kernels.checkpoint.tracker import StorageTracker
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "StorageTracker",
     "checkpoint_segments",
     "format_bytes",
+    "layers_of",
     "plan_segments",
     "profile_layers",
     "simulate",
