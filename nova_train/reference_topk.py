@@ -62,7 +62,7 @@ def top_k_of(model: PreTrainedModel, packed: PackedBatch, k: int, temperature: f
 
 
 def cached_top_k(cache: TopKReferenceCache, packed: PackedBatch, own: slice | None = None) -> TopK:
-    """The same of samples from `with_cache_rows`, from the cache, on the CPU; of the predictions `own`; None: of all."""
+    """The same of samples from `with_cache_rows`, from the cache, on the CPU; of the predictions `own` (None: all)."""
     rows = packed.extra[ROWS][0, 1:]
     rows = rows[rows >= 0]
     return cache[rows if own is None else rows[own]]

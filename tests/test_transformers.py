@@ -17,8 +17,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 
-from nova_kernels.integrations.transformers import attach
-from nova_kernels.integrations.transformers import use_varlen_attention
+from nova_kernels.integrations.transformers import attach, use_varlen_attention
 from nova_kernels.integrations.transformers.packing_check import check_packing
 from nova_kernels.packing import PackedBatch, pack_samples
 

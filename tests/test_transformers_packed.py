@@ -25,8 +25,7 @@ from transformers import (
 
 from attention_truth import kernel
 from nova_kernels.attention import flash, torch_varlen
-from nova_kernels.integrations.transformers import interface
-from nova_kernels.integrations.transformers import use_varlen_attention
+from nova_kernels.integrations.transformers import interface, use_varlen_attention
 from nova_kernels.packing import PackedBatch, pack_samples
 from nova_kernels.varlen import cu_seqlens_from_lengths, lengths_of
 
