@@ -176,7 +176,7 @@ def test_the_command_line_names_every_op() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert ops() == ["attention", "checkpoint", "logprob", "packing", "topk_kl"]
+    assert ops() == ["attention", "checkpoint", "logprob", "packing", "topk_kl", "ulysses"]
     assert all(name in shown for name in [*ops(), "tables", "--check"])
 
 
