@@ -84,6 +84,7 @@ def _memory(field: str) -> int:
     return 1024 * int(found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_growth_of_the_peak_in_a_fresh_process() -> None:
     """One process for each path, forked from one that has only imported, so that none can use another's memory."""

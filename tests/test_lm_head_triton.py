@@ -277,7 +277,7 @@ def test_softcap_is_accurate_at_every_size() -> None:
     """tanh from where it is x to where it is 1, each entry to a few units in the last place."""
     sizes = torch.logspace(-30, 3, 3000, dtype=torch.float64)
     y = torch.cat([sizes, -sizes, torch.linspace(-40, 40, 2001, dtype=torch.float64), torch.tensor([-math.inf])])
-    y = y[::8]
+    y = y[::101]
     products = y.float().unsqueeze(1).to(DEVICE)
     target = row_stats(products, None, 20.0, 1.0, torch.zeros(len(y), dtype=torch.int64, device=DEVICE), None).target
     assert target is not None

@@ -201,6 +201,8 @@ def _front(labels: np.ndarray) -> np.ndarray:
         return labels
     labels = labels[np.lexsort(labels[:, COPIES::-1].T)]
     kept, staying = labels[:, KEPT], np.zeros(len(labels), bool)
+    if (labels[:, FLIGHT:START] == labels[0, FLIGHT:START]).all():
+        return labels[np.concatenate([[True], kept[1:] < np.minimum.accumulate(kept)[:-1]])]
     classes, which = np.unique(labels[:, FLIGHT:START], axis=0, return_inverse=True)
     for index, one in enumerate(classes):
         rivals = (classes <= one).all(axis=1)[which.ravel()]
