@@ -16,33 +16,39 @@ REWARDS = """
 def ids(prompts, completions, completion_ids, **columns):
     return [float(sum(ids) % 17) for ids in completion_ids]
 """
-# (dp, sp) -> how a step of six packs, pairs or prompts is cut: micro-batch, accumulation
-CUTS = {
-    (1, 1): [(6, 1)],
-    (2, 1): [(3, 1), (1, 3), (2, 3)],  # the last: three micro-batches on two ranks, one of them repeats one
-    (1, 2): [(6, 1), (2, 3)],
-    (2, 2): [(1, 3), (2, 3)],
-}
 MUON = {"optim": "muon", "muon_learning_rate": 0.02}
+# Stage, (dp, sp), micro-batch and accumulation of a step of six packs, pairs or prompts, other options. With (2, 3) on
+# two data-parallel groups there are three micro-batches, and one rank repeats one.
+RUNS: list[tuple[str, tuple[int, int], tuple[int, int], dict[str, Any]]] = [
+    ("sft", (2, 1), (3, 1), {}),
+    ("sft", (2, 1), (1, 3), {}),
+    ("sft", (2, 1), (2, 3), MUON),
+    ("reward", (2, 1), (2, 3), {}),
+    ("grpo", (2, 1), (2, 3), {}),
+    ("sft", (1, 2), (2, 3), {"segments": 1}),
+    ("reward", (1, 2), (6, 1), {}),
+    ("grpo", (1, 2), (2, 3), {}),
+    ("sft", (2, 2), (2, 3), {}),
+    ("reward", (2, 2), (1, 3), {}),
+    ("grpo", (2, 2), (1, 3), {}),
+]
+ONE = [("sft", (1, 1), (6, 1), {}), ("sft", (1, 1), (6, 1), MUON)] + [
+    (stage, (1, 1), (6, 1), {}) for stage in ("reward", "grpo")
+]
 
 
-def cases(dp: int, sp: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Name of the output folder -> stage and options; what stands in front of a blank is what it must equal."""
+def named(runs: list[Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Name of the output folder -> stage and options."""
     found = {}
-    for stage in ("sft", "reward", "grpo"):
-        for size, accumulation in CUTS[dp, sp]:
-            cut = {
-                "per_device_train_batch_size": size,
-                "gradient_accumulation_steps": accumulation,
-                "global_batch_size": 6,
-                "sequence_parallel_size": sp,
-            }
-            name = f"{dp}-{sp}-{size}-{accumulation}"
-            found[f"{stage} {name}"] = (stage, cut)
-            if stage == "sft" and (size, accumulation) == CUTS[dp, sp][0]:
-                found[f"sft {name} segments"] = (stage, {**cut, "segments": 1})
-                found[f"muon {name}"] = (stage, {**cut, **MUON})
+    for stage, (dp, sp), (size, accumulation), more in runs:
+        cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        shared = {"global_batch_size": 6, "sequence_parallel_size": sp}
+        found[name_of(stage, (dp, sp), (size, accumulation), more)] = (stage, {**cut, **shared, **more})
     return found
+
+
+def name_of(stage: str, ranks: tuple[int, int], cut: tuple[int, int], more: dict[str, Any]) -> str:
+    return "-".join(map(str, [stage, *ranks, *cut, *more]))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +59,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.pair_file(folder / "pairs.jsonl")
     tiny.prompt_file(folder / "prompts.jsonl")
     (folder / "rewards.py").write_text(REWARDS)
-    run_cases(cases(1, 1), folder)
+    run_cases(named(ONE), folder)
+    on_ranks(2, run_cases, named([run for run in RUNS if run[1] != (2, 2)]), folder)
+    on_ranks(4, run_cases, named([run for run in RUNS if run[1] == (2, 2)]), folder)
     return folder
 
 
@@ -63,13 +71,12 @@ def difference(folder: Path, one: str, other: str) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-@pytest.mark.parametrize(("dp", "sp"), [(2, 1), (1, 2), (2, 2)])
-def test_the_weights_are_those_of_one_rank(folder: Path, dp: int, sp: int) -> None:
-    on_ranks(dp * sp, run_cases, cases(dp, sp), folder)
-    for name in cases(dp, sp):
-        expected = f"{name.split()[0]} 1-1-6-1"
-        assert difference(folder, expected, name) < 1e-10, name
-        for line, wanted in zip(read_metrics(folder / name), read_metrics(folder / expected), strict=True):
-            for values in (line, wanted):
-                values.pop("ratio/max_deviation", None)  # the mean over micro-batches of their largest
-            assert line == pytest.approx(wanted, rel=1e-7, abs=1e-9), name
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: name_of(*run))
+def test_the_weights_are_those_of_one_rank(folder: Path, run: Any) -> None:
+    stage, _, _, more = run
+    name, expected = name_of(*run), name_of(stage, (1, 1), (6, 1), MUON if more is MUON else {})
+    assert difference(folder, expected, name) < 1e-10
+    for line, wanted in zip(read_metrics(folder / name), read_metrics(folder / expected), strict=True):
+        for values in (line, wanted):
+            values.pop("ratio/max_deviation", None)  # the mean over micro-batches of their largest
+        assert line == pytest.approx(wanted, rel=1e-7, abs=1e-9)
