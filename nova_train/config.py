@@ -40,6 +40,9 @@ PRESENTATION_KEYS = frozenset(
         "sequence_parallel_size",
         "shard",
         "verify",
+        "vllm_enable_sleep_mode",
+        "vllm_gpu_memory_utilization",
+        "vllm_server_base_url",
     }
 )
 # How a step is cut into micro-batches; what it holds is global_batch_size.

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,12 +32,12 @@ from nova_kernels.logprob import linear_logprobs
 from nova_kernels.packing import IGNORE_INDEX
 from nova_kernels.topk_kl import TopK, TopKReferenceCache, linear_topk_kl_div
 from nova_train import kl as kl_penalty
-from nova_train import loop
+from nova_train import loop, vllm_rollout
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import read_rows
 from nova_train.evaluate import mean_rewards
-from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch
+from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch, Sampler
 from nova_train.loader import PackedLoader, ShuffledLoader
 from nova_train.losses import clipped_policy_loss, own_predictions, predicted_tokens
 from nova_train.memory import attach_segments
@@ -78,7 +79,11 @@ class GRPOConfig(TrainConfig):
     max_completion_length: int = 256  # tokens
     temperature: float = 1.0
     top_p: float = 1.0
-    rollout_batch_size: int = 256  # sequences per generation call
+    rollout: Literal["hf", "vllm"] = "hf"  # what draws the answers: the trained model itself, or vLLM with its weights
+    rollout_batch_size: int = 256  # sequences generated at a time
+    vllm_server_base_url: str | None = None  # of a `vllm serve` on other GPUs; null: an engine inside every rank
+    vllm_gpu_memory_utilization: float = 0.3  # of the GPU, for the engine inside a rank
+    vllm_enable_sleep_mode: bool = False  # the engine inside a rank gives its memory back while the model is trained
     num_iterations: int = 1  # optimiser steps per rollout
     epsilon: float = 0.2
     epsilon_high: float | None = None  # None: epsilon
@@ -137,6 +142,7 @@ class GRPOConfig(TrainConfig):
             raise ConfigError(
                 f"ptx_reference_cache is {self.ptx_reference_cache}, but ptx_kl_weight is 0: nothing would read it"
             )
+        vllm_rollout.check_keys(self)
         check_top_k_early(self.model_name_or_path, self.kl_top_k)
         if self.kl_placement == "reward":
             log.warning("kl_placement: reward drops the KL's own gradient (docs/equations.md); split is exact")
@@ -251,6 +257,8 @@ def run(config: GRPOConfig) -> Path:
     start = loop.begin(config, "grpo")
     if start.finished:
         return Path(config.output_dir)
+    if config.rollout == "vllm":
+        vllm_rollout.require(config)  # before anything large is loaded
     chat = Chat(load_tokenizer(source))
     mesh = start.mesh
     policy = load_causal_lm(start.model_path(source), config, mesh=mesh)
@@ -259,29 +267,24 @@ def run(config: GRPOConfig) -> Path:
     end_generation_at(policy, chat.end_of_turn_id)
     plan = attach_segments(policy, config)
     judge = Judge.load(config.reward_model, config.reward_funcs, config.reward_weights, config, chat, mesh)
-    loader = ShuffledLoader(
-        _prompts(config.dataset_name, config, chat),
-        per_step=config.step_size(mesh.dp),
-        per_micro_batch=config.per_device_train_batch_size,
-        epochs=config.num_train_epochs,
-        seed=config.seed,
-        max_steps=None if config.max_steps is None else math.ceil(config.max_steps / config.num_iterations),
-    )
     ptx, ptx_cache = _ptx_source(config, chat, mesh)
     reference = None
     if config.needs_reference():
         reference = distribute(load_causal_lm(source, config, frozen=True, mesh=mesh), config, mesh)
 
+    engine = None if config.rollout == "hf" else vllm_rollout.start(policy, config, mesh)
+    answers = partial(_answers, policy if engine is None else engine, chat, config)
+
     @contextmanager
     def weights_ready() -> Iterator[None]:
-        with gathered(policy), judge.ready():
+        with gathered(policy) if engine is None else engine.ready(), judge.ready():
             yield
 
     experience = Experience(
-        loader,
+        _asked(config, chat, mesh),
         ptx,
         reference,
-        lambda some, places: _answers(policy, chat, config, some, places, config.temperature),
+        partial(answers, temperature=config.temperature),
         judge.score,
         ExperienceOptions(**{name: getattr(config, name) for name in ExperienceOptions.__slots__}),
         ptx_cache=ptx_cache,
@@ -290,41 +293,24 @@ def run(config: GRPOConfig) -> Path:
         mesh=mesh,
     )
     held_out = _prompts(config.eval_dataset_name, config, chat) if config.eval_dataset_name else []
-
-    def evaluate() -> Mapping[str, float]:
-        asked = [(prompt, (-1, index)) for index, prompt in enumerate(held_out)]
-
-        def answers_of(some: Sequence[tuple[Prompt, tuple[int, int]]]) -> list[Completion]:
-            return _answers(policy, chat, config, [p for p, _ in some], [at for _, at in some], config.eval_temperature)
-
-        def scores_of(some: Sequence[tuple[Prompt, Completion]]) -> list[dict[str, float]]:
-            scores = judge.each([prompt for prompt, _ in some], [answer for _, answer in some])
-            return [{name: float(values[i]) for name, values in scores.items()} for i in range(len(some))]
-
-        with weights_ready():
-            answers = mesh.spread(asked, answers_of)
-            scores = mesh.spread(list(zip(held_out, answers, strict=True)), scores_of)
-        return mean_rewards(
-            held_out, {name: torch.tensor([one[name] for one in scores], dtype=torch.float64) for name in scores[0]}
-        )
-
-    loop.train(
-        loop.Training(
-            config=config,
-            start=start,
-            model=policy,
-            plan=plan,
-            objective=PolicyObjective(policy, config, {"policy": 1.0, "kl": config.beta, "ptx": config.ptx_kl_weight}),
-            source=experience,
-            save_extra=chat.tokenizer.save_pretrained,
-            evaluate=evaluate if held_out else None,
-        )
+    evaluated = partial(answers, temperature=config.eval_temperature)
+    training = loop.Training(
+        config=config,
+        start=start,
+        model=policy,
+        plan=plan,
+        objective=PolicyObjective(policy, config, {"policy": 1.0, "kl": config.beta, "ptx": config.ptx_kl_weight}),
+        source=experience,
+        save_extra=chat.tokenizer.save_pretrained,
+        evaluate=partial(_evaluate, held_out, evaluated, judge, weights_ready, mesh) if held_out else None,
     )
+    with nullcontext() if engine is None else closing(engine):
+        loop.train(training)
     return Path(config.output_dir)
 
 
 def _answers(
-    policy: PreTrainedModel,
+    writer: PreTrainedModel | vllm_rollout.Engine,
     chat: Chat,
     config: GRPOConfig,
     asked: Sequence[Prompt],
@@ -332,16 +318,52 @@ def _answers(
     temperature: float,
 ) -> list[Completion]:
     """One answer per prompt; each is seeded by its place (rollout, number)."""
-    return generate(
-        policy,
-        [prompt.ids for prompt in asked],
-        seeds=[sampling_seed(config.seed, *place) for place in places],
-        end_ids=[chat.end_of_turn_id],
-        pad_id=chat.end_of_turn_id,
-        max_new_tokens=config.max_completion_length,
-        temperature=temperature,
-        top_p=config.top_p,
-        batch_size=config.rollout_batch_size,
+    ids, end = [prompt.ids for prompt in asked], chat.end_of_turn_id
+    how: dict[str, Any] = {
+        "seeds": [sampling_seed(config.seed, *place) for place in places],
+        "end_ids": [end],
+        "max_new_tokens": config.max_completion_length,
+        "temperature": temperature,
+        "top_p": config.top_p,
+    }
+    if isinstance(writer, vllm_rollout.Engine):
+        return writer.generate(ids, **how)
+    return generate(writer, ids, pad_id=end, batch_size=config.rollout_batch_size, **how)
+
+
+def _evaluate(
+    held_out: Sequence[Prompt],
+    answers_to: Sampler,
+    judge: Judge,
+    weights_ready: Callable[[], AbstractContextManager[None]],
+    mesh: Mesh,
+) -> Mapping[str, float]:
+    """Mean scores of one answer per held-out prompt."""
+
+    def answers_of(some: Sequence[tuple[Prompt, tuple[int, int]]]) -> list[Completion]:
+        return answers_to([prompt for prompt, _ in some], [place for _, place in some])
+
+    def scores_of(some: Sequence[tuple[Prompt, Completion]]) -> list[dict[str, float]]:
+        scores = judge.each([prompt for prompt, _ in some], [answer for _, answer in some])
+        return [{name: float(values[i]) for name, values in scores.items()} for i in range(len(some))]
+
+    with weights_ready():
+        answers = mesh.spread([(prompt, (-1, index)) for index, prompt in enumerate(held_out)], answers_of)
+        scores = mesh.spread(list(zip(held_out, answers, strict=True)), scores_of)
+    return mean_rewards(
+        held_out, {name: torch.tensor([one[name] for one in scores], dtype=torch.float64) for name in scores[0]}
+    )
+
+
+def _asked(config: GRPOConfig, chat: Chat, mesh: Mesh) -> ShuffledLoader[Prompt]:
+    """The prompts of all ranks' steps."""
+    return ShuffledLoader(
+        _prompts(config.dataset_name, config, chat),
+        per_step=config.step_size(mesh.dp),
+        per_micro_batch=config.per_device_train_batch_size,
+        epochs=config.num_train_epochs,
+        seed=config.seed,
+        max_steps=None if config.max_steps is None else math.ceil(config.max_steps / config.num_iterations),
     )
 
 
