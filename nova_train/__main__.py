@@ -1,18 +1,25 @@
 """The command line: nova-train <command> [recipe.yaml] [--key value ...]
 
 Exit codes: 0 done; 2 a mistake in the recipe, the flags, the data or the folders, told in one line on stderr; 130
-stopped by Ctrl-C, with the command that continues. Anything else is a fault of ours and comes with its traceback.
+stopped by Ctrl-C or SIGTERM, with the command that continues. Anything else is a fault of ours and comes with its
+traceback.
+
+    torchrun --nproc-per-node 8 -m nova_train <command> ...
+
+Ranks speak with one voice, the first one's; a failure that another rank has alone is told by that one, with its number.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from nova_train.config import ConfigError, load_config, parse_flags, unknown_name
+from nova_train.config import ConfigError, launched_ranks, load_config, parse_flags, unknown_name
 from nova_train.stages.kinds import COMMANDS, STAGES, Kind
 
 OVERVIEW = """\
@@ -53,28 +60,67 @@ _CLEAR_ERRORS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if launched_ranks() == 1:
+        return _told(words)
+    if not words or _wants_help(words) or words[0] == "env" or "--dry_run" in words:
+        return _told(words) if _rank() == 0 else 0
+    from nova_train import mesh
+
+    if _rank() > 0:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
+    mesh.connect()
+    try:
+        return _told(words)
+    finally:
+        mesh.leave()
+
+
+def _told(words: Sequence[str]) -> int:
+    """Run one command and say on stderr how it ended, if it did not end well; returns the exit code."""
     if not words or words[0] in ("-h", "--help"):
         print(overview(), end="")
         return 0
-    command, rest = words[0], [word for word in words[1:] if word != "--traceback"]
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        _run(command, rest)
+        _run(words[0], [word for word in words[1:] if word != "--traceback"])
     except KeyboardInterrupt:
         return _interrupted("interrupted", words)
     except _loaded("nova_train.loop", "Interrupted") as error:
         return _interrupted(str(error), words)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if "--traceback" in words:
-            raise
-        print(f"nova-train {command}: {_one_line(error)}", file=sys.stderr)
+    except _loaded("nova_train.mesh", "RankError"):
         return 2
+    except Exception as error:
+        if not _is_ours_to_tell(error):
+            return 2
+        who = f"nova-train {words[0]}: " + (f"rank {_rank()}: " if _rank() else "")
+        if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)) and "--traceback" not in words:
+            print(f"{who}{_one_line(error)}", file=sys.stderr)
+            return 2
+        if _rank():
+            print(f"{who}{type(error).__name__}", file=sys.stderr)
+        raise
     return 0
 
 
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0")) if launched_ranks() > 1 else 0
+
+
+def _is_ours_to_tell(error: Exception) -> bool:
+    """Whether this process tells of an error: of several ranks, one does."""
+    if launched_ranks() == 1:
+        return True
+    from nova_train import mesh
+
+    return mesh.tells(f"{type(error).__name__}: {error}")
+
+
 def _interrupted(message: str, words: Sequence[str]) -> int:
-    print(f"nova-train {words[0]}: {message}", file=sys.stderr)
-    print(f"continue with: nova-train {shlex.join(words)}", file=sys.stderr)
+    if _rank() == 0:
+        same = "" if launched_ranks() == 1 else "the same torchrun options and "
+        print(f"nova-train {words[0]}: {message}", file=sys.stderr)
+        print(f"continue with: {same}nova-train {shlex.join(words)}", file=sys.stderr)
     return 130
 
 
@@ -112,7 +158,10 @@ def _run_stage(name: str, stage: Kind, rest: list[str]) -> None:
         print_plan(config)
     else:
         _leave_the_screen_to_us()
-        run(config)
+        from nova_train.mesh import join
+        from nova_train.stages.pipeline import run_stage
+
+        run_stage(run, config, join())
 
 
 def _run_pipeline(rest: list[str]) -> None:
@@ -184,6 +233,8 @@ def _loaded(module: str, name: str) -> tuple[type[BaseException], ...]:
 def _one_line(error: Exception) -> str:
     clear = tuple(kind for module, name in _CLEAR_ERRORS.items() for kind in _loaded(module, name))
     message = " ".join(str(error).split())
+    if launched_ranks() > 1 and sys.modules["nova_train.mesh"].lost_a_rank(error):
+        message = f"another rank ended without a word, or cannot be reached; its launcher knows more: {message}"
     return message if isinstance(error, clear) else f"{message} ({type(error).__name__}; --traceback shows where)"
 
 

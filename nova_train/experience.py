@@ -170,15 +170,15 @@ class Experience:
             return self._pack(prompts[part], completions[part], advantages[part])
 
         batches = [mapped(pack, part) for part in self._mesh.share(parts)]
-        if isinstance(batches[0], RolloutBatch):
-            batches[0].metrics = metrics | (rollout if self._mesh.is_main else {})
+        if isinstance(batches[0], RolloutBatch) and self._mesh.is_main:
+            batches[0].metrics = metrics | rollout
         return batches
 
     def _answered(self, prompts: Sequence[Prompt]) -> tuple[list[Completion], Tensor, Metrics]:
-        """All answers and scores fp32 [n], on every rank; metrics of those that this rank has scored."""
+        """All answers, their scores fp32 [n] and metrics, on every rank."""
         mesh, n = self._mesh, self._options.num_generations
         groups = [list(range(first, first + n)) for first in range(0, len(prompts), n)]
-        metrics: Metrics = {}
+        own: Metrics = {}
 
         def answer(some: Sequence[list[int]]) -> list[list[Completion]]:
             chosen = [index for group in some for index in group]
@@ -188,12 +188,17 @@ class Experience:
         def score(some: Sequence[list[int]]) -> list[list[float]]:
             chosen = [index for group in some for index in group]
             scores, found = self._score([prompts[i] for i in chosen], [completions[i] for i in chosen])
-            metrics.update(found)
+            own.update(found)
             return scores.view(-1, n).tolist()
 
         with self._ready():
             completions = [one for group in mesh.spread(groups, answer) for one in group]
             scores = torch.tensor([one for group in mesh.spread(groups, score) for one in group])
+        metrics: Metrics = {}
+        for part in mesh.gather(own):
+            for name, (total, count) in part.items():
+                before = metrics.get(name, (0.0, 0.0))
+                metrics[name] = (before[0] + total, before[1] + count)
         return completions, scores, metrics
 
     def _pack(self, prompts: Sequence[Prompt], completions: Sequence[Completion], advantages: Tensor) -> RolloutBatch:
@@ -261,6 +266,8 @@ class Experience:
     def _restored(self, saved: Mapping[str, Any]) -> RolloutBatch:
         """A batch of the saved step with this rank's part of the reference."""
         batch = _from_state(saved)
+        if not self._mesh.is_main:
+            batch.metrics = {}
         if batch.ref is not None:
             own = own_predictions(batch.packed.labels, self._mesh.own_tokens(batch.num_tokens))
             ref = batch.ref

@@ -16,18 +16,15 @@ that was not.
 from __future__ import annotations
 
 import random
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,6 +36,7 @@ from nova_train.metrics import MetricsLog, Window
 from nova_train.model import pick_device
 from nova_train.optim import Optimizers, learning_rate_factor
 from nova_train.sharding import full_state_dict, full_tensor, with_weights
+from nova_train.terminal import progress, stop_requests
 
 _TOKENS = "tokens"  # counted beside the terms of the loss
 
@@ -85,7 +83,7 @@ class Source(Protocol[Produced]):
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the step in progress was completed and saved; the same command continues."""
+    """Ctrl-C or SIGTERM: the step in progress was completed and saved; the same command continues."""
 
     def __init__(self, step: int, folder: Path) -> None:
         super().__init__(f"interrupted after step {step}; saved in {folder}; the same command continues from there")
@@ -116,7 +114,7 @@ def begin(config: TrainConfig, stage: str) -> Start:
     """Claim the output folder, fix threads and seeds, and find the checkpoint to continue from."""
     mesh = join(config.sequence_parallel_size, device=pick_device(config.device))
     config = replace(config, global_batch_size=config.step_size(mesh.dp))
-    mesh.require_same("the configuration", fingerprint(identity(config)))
+    mesh.require_same("the configuration", identity(config))
 
     def claim() -> tuple[bool, Path | None]:
         state.claim_folder(config, stage)
@@ -230,7 +228,8 @@ def train(run: Training[Any]) -> None:
     """Run to the last step, save the result into output_dir and mark it finished.
 
     Raises:
-        Interrupted: on Ctrl-C, after the step in progress was saved. A second Ctrl-C stops at once.
+        Interrupted: on Ctrl-C or SIGTERM on any rank, after the step in progress was saved. A second Ctrl-C stops at
+            once.
         DivergenceError: gradients that are not finite (the last checkpoint stays).
     """
     config = run.config
@@ -244,7 +243,8 @@ def train(run: Training[Any]) -> None:
         report_to=config.report_to,
         run_name=config.output_dir,
     )
-    with _progress(run) as advance, _interrupt() as interrupted:
+    shown = run.mesh.is_main and not config.disable_progress
+    with progress(run.start.stage, run.step, run.total_steps, shown=shown) as advance, stop_requests() as stop_asked:
         while run.step < run.total_steps:
             started = time.perf_counter()
             tokens = train_step(run)
@@ -262,7 +262,7 @@ def train(run: Training[Any]) -> None:
                 metrics.write(run.step, run.evaluate())
             advance(tokens)
             run.lines = metrics.lines
-            if run.mesh.any(interrupted()):
+            if run.mesh.any(stop_asked()):
                 raise Interrupted(run.step, run.save())
             if run.evaluate is not None if last else run.step % config.save_steps == 0:
                 run.save()  # before the closing evaluation too, so that nothing is lost if it is cut off
@@ -372,50 +372,3 @@ def _backward(
         window.add(f"loss/{name}", sums[name], 0)
     for name, (value, count) in metrics.items():
         window.add(name, value, count)
-
-
-@contextmanager
-def _progress(run: Training[Any]) -> Any:
-    """A progress bar with steps, rate and time left; yields a function to call with the tokens of each step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=run.config.disable_progress or not run.mesh.is_main) as bar:
-        task = bar.add_task(run.start.stage, total=run.total_steps, completed=run.step, rate="")
-        began, done = time.perf_counter(), 0
-
-        def advance(tokens: int) -> None:
-            nonlocal done
-            done += tokens
-            rate = done / (time.perf_counter() - began)
-            bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
-
-        yield advance
-
-
-@contextmanager
-def _interrupt() -> Any:
-    """Turn the first Ctrl-C into a flag (yields a function that reads it); the second one raises as usual."""
-    seen = False
-    before = signal.getsignal(signal.SIGINT)
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal seen
-        if seen:
-            raise KeyboardInterrupt
-        seen = True
-
-    try:
-        signal.signal(signal.SIGINT, on_signal)
-    except ValueError:  # not the main thread: Ctrl-C is not ours to catch
-        yield lambda: False
-        return
-    try:
-        yield lambda: seen
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -9,10 +9,10 @@ what the first rank alone reads or writes, and whether all were given the same.
 
 from __future__ import annotations
 
-import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
@@ -24,14 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from nova_kernels.ulysses import TokenPlan
 from nova_train.config import ConfigError, launched_ranks
 
-log = logging.getLogger(__name__)
-
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 # How long the others wait for what one rank does alone (a stage that runs on one rank, files of a slow disk). A rank
 # that dies is noticed by the launcher, which ends the others; nobody waits for this time.
-PATIENCE = timedelta(days=7)
+PATIENCE_DAYS = 7
+# How long a rank that failed alone waits for the first one to fail in the same way, which would then tell of it.
+WAIT_SECONDS = 3.0
 
 
 class RankError(RuntimeError):
@@ -140,37 +140,41 @@ class Mesh:
         """What the first rank alone does; all get its result, and all fail where it does.
 
         Raises:
-            RankError: on the other ranks, whatever it was.
+            RankError: on the other ranks, whatever it was; only Ctrl-C is the same everywhere.
         """
         if self.devices is None:
             return function(*args, **kwargs)
         answer: list[Any] = [None, None]
-        failure: BaseException | None = None
-        if self.is_main:
-            try:
+        try:
+            if self.is_main:
                 answer[0] = function(*args, **kwargs)
-            except BaseException as error:  # noqa: BLE001 - the others wait to hear of it; raised below
-                failure, answer[1] = error, type(error).__name__
-        dist.broadcast_object_list(answer, src=0, group=self.patient)
-        if failure is not None:
-            raise failure
+        except BaseException as error:
+            answer[1] = type(error).__name__  # the others wait to hear of it
+            raise
+        finally:
+            dist.broadcast_object_list(answer, src=0, group=self.patient)
+        if answer[1] == KeyboardInterrupt.__name__:
+            raise KeyboardInterrupt
         if answer[1] is not None:
             raise RankError(f"rank 0 stopped with {answer[1]}")
         result: ResultT = answer[0]
         return result
 
     def require_same(self, what: str, value: object) -> None:
-        """Refuse ranks that were given different things.
+        """Refuse ranks that were given different things; of mappings, the message has the entries that differ.
 
         Raises:
             ConfigError: on every rank, naming the first that differs.
         """
         found = self.gather(value)
         for rank, theirs in enumerate(found):
-            if theirs != found[0]:
+            if theirs != (ours := found[0]):
+                if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+                    names = [name for name in {**ours, **theirs} if theirs.get(name) != ours.get(name)]
+                    theirs, ours = ({name: one.get(name) for name in names} for one in (theirs, ours))
                 raise ConfigError(
-                    f"{what}: rank {rank} has {theirs!r}, rank 0 has {found[0]!r}; all ranks need the same files, "
-                    "keys and versions"
+                    f"{what}: rank {rank} has {theirs!r}, rank 0 has {ours!r}; all ranks need the same files, keys and "
+                    "versions"
                 )
 
 
@@ -181,60 +185,120 @@ def join(sequence_parallel_size: int = 1, *, device: str = "cpu") -> Mesh:
         ConfigError: sequence_parallel_size does not divide the number of ranks; more ranks than GPUs on this machine;
             a torch that cannot connect GPUs.
     """
-    size = launched_ranks()
-    if size % sequence_parallel_size:
+    size, sp = launched_ranks(), sequence_parallel_size
+    if size % sp:
         raise ConfigError(
-            f"sequence_parallel_size {sequence_parallel_size} does not divide the {size} ranks that were started; "
+            f"sequence_parallel_size {sp} does not divide the {size} ranks that were started; "
             "start a multiple of it (torchrun --nproc-per-node), or choose another"
         )
     if size == 1:
         return Mesh()
-    if not dist.is_initialized():
-        _connect(device)
-    devices = init_device_mesh(
-        device, (size // sequence_parallel_size, sequence_parallel_size), mesh_dim_names=("dp", "sp")
-    )
-    return Mesh(
-        dp=size // sequence_parallel_size,
-        sp=sequence_parallel_size,
-        rank=dist.get_rank(),
-        devices=devices,
-        patient=_patient_group(),
-    )
+    if device == "cuda":
+        _take_gpu()
+    connection = connect()
+    assert connection is not None, "several ranks were started"
+    if (device, sp) not in connection.meshes:
+        connection.meshes[device, sp] = init_device_mesh(device, (size // sp, sp), mesh_dim_names=("dp", "sp"))
+    devices = connection.meshes[device, sp]
+    return Mesh(dp=size // sp, sp=sp, rank=dist.get_rank(), devices=devices, patient=connection.patient)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Connection:
+    """What this process and the other ranks share from the first meeting to the end."""
+
+    store: Any  # of the launcher: lives on when a rank is gone
+    patient: Any  # group for what one rank does alone
+    meshes: dict[tuple[str, int], DeviceMesh] = field(default_factory=dict)  # by device and sequence_parallel_size
+
+
+_connection: _Connection | None = None
+
+
+def connect() -> _Connection | None:
+    """Meet the other ranks, if there are any and it has not been done; `leave` is its counterpart."""
+    global _connection
+    if launched_ranks() > 1 and _connection is None:
+        # A recipe may have stages on GPUs and on CPUs: both can be used where there are GPUs for all.
+        backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and _missing_gpus() == 0 else "gloo"
+        store, rank, size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(_attempt(), store)
+        dist.init_process_group(backend, store=dist.PrefixStore("groups", store), rank=rank, world_size=size)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=PATIENCE_DAYS))
+        _connection = _Connection(store=store, patient=patient)
+    return _connection
+
+
+def _attempt() -> str:
+    """Which start of the ranks this is.
+
+    On one machine torchrun may keep its store when it starts them again, with the addresses of those that are gone. On
+    several it makes a new one, and their counts of restarts differ.
+    """
+    environment = os.environ
+    one_machine = environment.get("LOCAL_WORLD_SIZE") == environment["WORLD_SIZE"]
+    return f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}"
 
 
 def leave() -> None:
     """Take leave of the others, at the end of a process."""
-    global _patient
-    _patient = None
+    global _connection
+    _connection = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-_patient: Any = None  # of the process group that was made last: one for all stages of a process
+def tells(failure: str) -> bool:
+    """Whether this rank tells of a failure that ends its run; its text is the same on ranks that fail alike.
+
+    Of ranks that fail alike the first rank tells it, and nobody else. Once a rank has failed, others fail in other
+    ways, because they lose it: nobody tells of that.
+    """
+    if _connection is None:
+        return True
+    store, rank = _connection.store, dist.get_rank()
+    try:
+        store.set(f"failure/{rank}", failure)
+        if store.compare_set("failure/first", "", failure).decode() != failure:
+            return False
+        if rank > 0 and _heard(store, "failure/0") == failure:
+            return False
+        return bool(store.compare_set("failure/told", "", str(rank)).decode() == str(rank))
+    except dist.DistError:  # the store is gone, and with it the launcher: better told twice than never
+        return True
 
 
-def _patient_group() -> Any:
-    global _patient
-    if _patient is None:
-        _patient = dist.new_group(backend="gloo", timeout=PATIENCE)
-    return _patient
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether an error is what the others meet when a rank ends without a word."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
-def _connect(device: str) -> None:
-    if device != "cuda":
-        dist.init_process_group("gloo")
-        return
+def _heard(store: Any, key: str) -> str | None:
+    """A text of the store, or None if none comes in time."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not store.check([key]):
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.05)
+    return str(store.get(key).decode())
+
+
+def _missing_gpus() -> int:
+    """How many more GPUs than there are the ranks of this machine need."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, ranks - torch.cuda.device_count())
+
+
+def _take_gpu() -> None:
     if not dist.is_nccl_available():
         raise ConfigError("device: cuda on several ranks needs a torch with NCCL; install one, or use device: cpu")
-    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= gpus:
+    if _missing_gpus():
+        gpus = torch.cuda.device_count()
         raise ConfigError(
-            f"device: cuda: this machine was given rank {local + 1} of its own and has {gpus} GPUs; start one rank per "
-            "GPU (torchrun --nproc-per-node)"
+            f"device: cuda: {gpus + _missing_gpus()} ranks were started on this machine, which has {gpus} GPUs; start "
+            "one rank per GPU (torchrun --nproc-per-node), or use device: cpu"
         )
-    torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", local))
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
 
 
 class _Sum(torch.autograd.Function):

@@ -65,8 +65,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """All weights are whole on every rank inside the `with`; each may then call the model as often as it likes."""
     root = getattr(model, "_root", None)
     units = [] if root is None else [module for module in root.modules() if isinstance(module, FSDPModule)]
-    if root is not None:
-        root(lambda: None)  # FSDP2 takes the first module that runs for the root, and layers run alone in here
+    if is_sharded(model):
+        with_weights(model, lambda: None)  # FSDP2 takes the first module that runs for the root
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)

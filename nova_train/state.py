@@ -20,6 +20,7 @@ import logging
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,27 @@ def claim_folder(config: Any, stage: str) -> None:
                 "remove it or choose another output_dir"
             )
         found = yaml.safe_load(resolved.read_text(encoding="utf-8")) or {}
-        there, here = identity_of(found), identity_of(wanted)
-        differing = [name for name in sorted(set(there) | set(here)) if there.get(name) != here.get(name)]
-        if differing and holds_work(folder):
-            shown = "; ".join(f"{n}: {there.get(n)!r} there, {here.get(n)!r} here" for n in differing[:5])
+        shown, way_out = difference(identity_of(found), identity_of(wanted))
+        if shown and holds_work(folder):
             raise StateError(
-                f"{folder} holds another run ({shown}); choose another output_dir, or remove the folder to start again"
+                f"{folder} holds another run ({shown}); {way_out}choose another output_dir, or remove the folder to "
+                "start again"
             )
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, resolved, stage=stage)
+
+
+def difference(there: Mapping[str, Any], here: Mapping[str, Any]) -> tuple[str, str]:
+    """What sets a saved run apart from this one ("" if nothing does), and what to do where that is the batch alone."""
+    names = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    shown = "; ".join(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here" for name in names[:5])
+    if names != ["global_batch_size"]:
+        return shown, ""
+    wanted = there["global_batch_size"]
+    return shown, (
+        f"to continue it on another number of ranks give global_batch_size {wanted} and leave "
+        "gradient_accumulation_steps out, or "
+    )
 
 
 def holds_work(folder: Path) -> bool:
@@ -194,7 +207,9 @@ def _moments(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) 
 
 def _read(folder: Path, values: dict[str, Any]) -> None:
     alone = not torch.distributed.is_initialized()
-    sharded_files.load(values, checkpoint_id=folder / SHARDED, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")  # of one process: that is the intent
+        sharded_files.load(values, checkpoint_id=folder / SHARDED, no_dist=alone)
 
 
 def drop_newer(output_dir: str | Path, step: int) -> None:

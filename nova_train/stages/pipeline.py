@@ -11,7 +11,8 @@
 
 Each stage works in output_dir/name. The whole recipe is resolved and checked before the first stage starts. A stage's
 fingerprint covers its resolved keys and the fingerprints of the stages it reads, so a rerun skips exactly what is done;
-a folder that holds another run is an error, never overwritten.
+a folder that holds another run is an error, never overwritten. Of several ranks all train; what else there is to do
+the first one does alone, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,19 @@ import yaml
 
 from nova_train.config import (
     ConfigError,
+    TrainConfig,
     build_config,
     config_to_dict,
     fingerprint,
     identity,
+    launched_ranks,
     read_recipe,
     unknown_name,
     write_text,
 )
+from nova_train.mesh import Mesh, join
 from nova_train.stages.kinds import stage_named
-from nova_train.state import StateError, finished_fingerprint, holds_work
+from nova_train.state import StateError, difference, finished_fingerprint, holds_work
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +101,16 @@ def run_pipeline(stages: Sequence[PlannedStage], *, first: str | None = None, la
     Raises:
         ConfigError: no stage is called `first` or `last`, or they are the wrong way round.
         StateError: a stage before `first` is not finished, or a folder holds another run.
+        RankError: another rank failed.
     """
     begin, end = _range(stages, first, last)
-    done = {stage.name: is_done(stage) for stage in stages[:end]}  # every folder is checked before anything runs
+    mesh = join()
+    for stage in stages[begin:end]:
+        if isinstance(stage.config, TrainConfig):
+            join(stage.config.sequence_parallel_size)  # can be split: nobody wants to hear otherwise hours later
+    mesh.require_same("the recipe", {stage.name: stage.fingerprint for stage in stages})
+    # Every folder is checked before anything runs.
+    done = mesh.on_main(lambda: {stage.name: is_done(stage) for stage in stages[:end]})
     for stage in stages[:begin]:
         if not done[stage.name]:
             raise StateError(f"--from {first}: stage {stage.name!r} before it is not finished; leave --from out")
@@ -109,12 +120,24 @@ def run_pipeline(stages: Sequence[PlannedStage], *, first: str | None = None, la
             log.info("%s: done before, skipped", label)
             continue
         log.info("%s: %s -> %s", label, stage.kind, stage.folder)
-        _record(stage)
+        mesh.on_main(_record, stage)
         started = time.perf_counter()
-        stage.run(stage.config)
+        run_stage(stage.run, stage.config, mesh)
         gc.collect()
         log.info("%s: done in %.0f s", label, time.perf_counter() - started)
     return [stage.folder for stage in stages[begin:end]]
+
+
+def run_stage(run: Callable[[Any], Any], config: Any, mesh: Mesh) -> None:
+    """Run one stage or command: training on all ranks, anything else on the first one while the others wait."""
+
+    def alone() -> None:
+        run(config)
+
+    if isinstance(config, TrainConfig):
+        run(config)
+    else:
+        mesh.on_main(alone)
 
 
 def plan_text(stages: Sequence[PlannedStage]) -> str:
@@ -138,8 +161,9 @@ def is_done(stage: PlannedStage) -> bool:
         return False
     found = json.loads(path.read_text(encoding="utf-8"))
     if found["fingerprint"] != stage.fingerprint:
+        shown, way_out = _difference(found, stage)
         raise StateError(
-            f"{stage.folder} holds another run of stage {stage.name!r} ({_difference(found, stage)}); "
+            f"{stage.folder} holds another run of stage {stage.name!r} ({shown}); {way_out}"
             "choose another output_dir, or remove that folder to run the stage again"
         )
     return finished_fingerprint(stage.folder) is not None
@@ -179,7 +203,7 @@ def _plan_stage(
     keys = _merged(keys, _map_leaves(inputs, path_of, f"{where}: inputs"), where)
     own = {key: value for key, value in defaults.items() if key in config_class.__dataclass_fields__}
     config = build_config(config_class, {**own, **keys, "output_dir": os.path.join(output_dir, name)}, where=where)
-    covered = {"run": kind_name, "keys": identity(config), "inputs": {n: earlier[n].fingerprint for n in read}}
+    covered = {"run": kind_name, "keys": _identity(config), "inputs": {n: earlier[n].fingerprint for n in read}}
     return PlannedStage(
         name=name, kind=kind_name, config=config, run=run, inputs=tuple(read), fingerprint=fingerprint(covered)
     )
@@ -225,14 +249,19 @@ def _record(stage: PlannedStage) -> None:
     if not holds_work(stage.folder):
         (stage.folder / _CLAIM).unlink(missing_ok=True)
     path = stage.folder / _RECORD
-    text = json.dumps({"fingerprint": stage.fingerprint, "run": stage.kind, "keys": identity(stage.config)}, indent=1)
+    text = json.dumps({"fingerprint": stage.fingerprint, "run": stage.kind, "keys": _identity(stage.config)}, indent=1)
     write_text(path, text + "\n")
 
 
-def _difference(found: Mapping[str, Any], stage: PlannedStage) -> str:
-    """What sets a recorded run apart, in a few words."""
-    there, here = found["keys"], identity(stage.config)
-    names = [key for key in {**there, **here} if there.get(key) != here.get(key)]
-    if not names:
-        return f"same keys, but {' or '.join(stage.inputs) or 'its kind'} changed"
-    return "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in names[:5])
+def _identity(config: Any) -> dict[str, Any]:
+    """What the results of a stage depend on; for one that trains, with the batch of all ranks."""
+    if isinstance(config, TrainConfig):
+        groups = max(1, launched_ranks() // config.sequence_parallel_size)
+        config = replace(config, global_batch_size=config.step_size(groups))
+    return identity(config)
+
+
+def _difference(found: Mapping[str, Any], stage: PlannedStage) -> tuple[str, str]:
+    """What sets a recorded run apart, in a few words, and the way out."""
+    shown, way_out = difference(found["keys"], _identity(stage.config))
+    return shown or f"same keys, but {' or '.join(stage.inputs) or 'its kind'} changed", way_out
