@@ -1,6 +1,7 @@
 """How many GPUs a model needs under a checkpointing plan, from its shape alone.
 
-With every state sharded over N cards (ZeRO-3, FSDP2) and T tokens on each of them, one card holds
+With every state sharded over N cards (ZeRO-3, FSDP2) and T tokens on each of them (of a row that sp cards share, T is
+its part), one card holds
 
     parameters x bytes per parameter / N  +  activations  +  logits  +  unsharded layers  +  slack
 
@@ -19,6 +20,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from nova_kernels.checkpoint import FSDP, Action, Chain, Cost, LayerCost, simulate
+from nova_kernels.ulysses import HeadPlan
 
 Kernels = Literal["eager", "fused"]
 
@@ -158,11 +160,29 @@ QWEN2_72B = ModelShape(
     vocab=152064,
     qkv_bias=True,
 )
-MODEL_SHAPES: Mapping[str, ModelShape] = MappingProxyType({LLAMA_3_70B.name: LLAMA_3_70B, QWEN2_72B.name: QWEN2_72B})
+QWEN2_7B = ModelShape(
+    name="qwen2-7b",
+    family="qwen2",
+    num_layers=28,
+    hidden=3584,
+    ffn=18944,
+    heads=28,
+    kv_heads=4,
+    head_dim=128,
+    vocab=152064,
+    qkv_bias=True,
+)
+MODEL_SHAPES: Mapping[str, ModelShape] = MappingProxyType(
+    {shape.name: shape for shape in (LLAMA_3_70B, QWEN2_72B, QWEN2_7B)}
+)
 
 
-def saved_items(shape: ModelShape, kernels: Kernels) -> dict[str, float]:
+def saved_items(shape: ModelShape, kernels: Kernels, sp: int = 1) -> dict[str, float]:
     """What autograd keeps of one layer, by item, in units of U = T x hidden x 2 bytes; their sum is n.
+
+    T counts the tokens of one GPU. With `sp` GPUs per row attention has all of the row's tokens and some of the heads:
+    as much, but for key heads that several GPUs need and query heads that do not divide (the GPU with most is counted),
+    and its output is kept by heads and by tokens.
 
     `eager`: the modules of Hugging Face with flash attention. `fused`: norms, rotary embedding and SwiGLU as kernels
     that keep their bfloat16 inputs alone and compute the rest again in their own backward.
@@ -170,10 +190,13 @@ def saved_items(shape: ModelShape, kernels: Kernels) -> dict[str, float]:
     Raises:
         ValueError: other kernels.
     """
-    q, kv, ffn = shape.q_width / shape.hidden, shape.kv_width / shape.hidden, shape.ffn / shape.hidden
+    ffn, head = shape.ffn / shape.hidden, shape.head_dim / shape.hidden
+    plan = HeadPlan.build(shape.heads, shape.kv_heads, sp)
+    q, kv = (sp * head * max(map(len, map(of, range(sp)))) for of in (plan.q_heads, plan.kv_heads))
     flash = {
         "queries, keys, values": q + 2 * kv,
         "attention output": q,
+        **({"attention output, by tokens": shape.heads * head} if sp > 1 else {}),
         "log-sum-exp of attention, fp32": 4 * shape.heads / (BFLOAT16 * shape.hidden),
     }
     if kernels == "eager":
@@ -205,21 +228,24 @@ def chain_of(
     kernels: Kernels = "fused",
     logit_bytes: float = 0,
     n: float | None = None,
+    sp: int = 1,
 ) -> Chain:
-    """The layers of a model as a chain of costs at `tokens` tokens per GPU, in one document.
+    """The layers of a model as a chain of costs of one GPU, for a row of `tokens` tokens in one document.
 
     Args:
+        sp: GPUs that share the row.
         logit_bytes: bytes per logit [T, V] alive at the loss: 0 with a fused head or a reward head, 8 for fp32 logits
             and their gradient, 12 with one more copy.
         n: saved units of one layer, instead of the sum of its `saved_items`.
 
     Raises:
-        ValueError: fewer than one token, or unknown kernels.
+        ValueError: fewer than one token or GPU, or unknown kernels.
     """
     if tokens < 1:
         raise ValueError(f"chain_of: tokens must be at least 1, got {tokens}")
-    unit = tokens * shape.hidden * BFLOAT16
-    saved = round(unit * ((sum(saved_items(shape, kernels).values()) if n is None else n) - 1))
+    own = math.ceil(tokens / sp)
+    unit = own * shape.hidden * BFLOAT16
+    saved = round(unit * ((sum(saved_items(shape, kernels, sp).values()) if n is None else n) - 1))
     # Without gradients: hidden state, normed input, gate, up and their product, and the output.
     forward = round(unit * (3 + 3 * shape.ffn / shape.hidden))
     layer = LayerCost(
@@ -232,11 +258,11 @@ def chain_of(
         backward=BACKWARD_UNITS * unit,
         weights=shape.layer_parameters * BFLOAT16,
         # Causal attention multiplies two halves of a T x T square per head.
-        flops=MATMUL_FLOPS * tokens * (shape.layer_matmuls + tokens * shape.q_width),
-        tail_flops=MATMUL_FLOPS * tokens * shape.ffn * shape.hidden,
+        flops=MATMUL_FLOPS * own * (shape.layer_matmuls + tokens * shape.q_width),
+        tail_flops=MATMUL_FLOPS * own * shape.ffn * shape.hidden,
     )
-    loss = math.ceil(tokens * shape.vocab * logit_bytes)
-    return Chain(layers=(layer,) * shape.num_layers, loss=loss, num_tokens=tokens)
+    loss = math.ceil(own * shape.vocab * logit_bytes)
+    return Chain(layers=(layer,) * shape.num_layers, loss=loss, num_tokens=own)
 
 
 def sharded(chain: Chain) -> Chain:
@@ -274,6 +300,7 @@ class MemoryNeed:
     logits: int  # what the loss adds to that peak; 0 where the backward of the layers is worse anyway
     gathered: int  # what unsharded layers and one full gradient add on top
     parameters: int  # of the whole model, a number of elements
+    sp: int = 1  # cards that share a row: they come in multiples of it
 
     def states(self, gpus: int, card: Card) -> int:
         """Weights, gradients and optimiser states of one of `gpus` cards."""
@@ -286,12 +313,13 @@ class MemoryNeed:
 
     def minimum_gpus(self, card: Card) -> int | None:
         """The smallest number of cards on which it fits; None if it fits on no number of them."""
-        if self.total(1, card) <= card.memory_bytes:
+        if self.sp == 1 and self.total(1, card) <= card.memory_bytes:
             return 1
         left = card.memory_bytes - card.slack_bytes - self.activations - self.logits - self.gathered
         if left <= 0:
             return None
-        return max(2, math.ceil(self.parameters * card.bytes_per_parameter / left))
+        least = max(2, math.ceil(self.parameters * card.bytes_per_parameter / left))
+        return -(-least // self.sp) * self.sp
 
 
 def memory_need(
@@ -301,13 +329,16 @@ def memory_need(
     *,
     parameters: int,
     fsdp: FSDP | None = None,
+    sp: int = 1,
 ) -> MemoryNeed:
-    """What a plan needs on every GPU. Bounds and actions as in `simulate`; of fsdp only `reshard` is read."""
+    """What a plan needs on every GPU, `sp` of which share a row. Bounds and actions as in `simulate`; of fsdp only
+    `reshard` is read.
+    """
     bare = simulate(replace(chain, loss=0), bounds, actions).peak_bytes
     cost = simulate(chain, bounds, actions)
     peak = _peak_when_sharded(chain, bounds, actions, cost, reshard=fsdp is not None and fsdp.reshard)
     logits, gathered = cost.peak_bytes - bare, peak - cost.peak_bytes
-    return MemoryNeed(activations=bare, logits=logits, gathered=gathered, parameters=parameters)
+    return MemoryNeed(activations=bare, logits=logits, gathered=gathered, parameters=parameters, sp=sp)
 
 
 def _peak_when_sharded(

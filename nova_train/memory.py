@@ -8,8 +8,9 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
     logits chunk     2 * 4 * V min(tokens, rows of a chunk)   logits and their gradient in fp32
     activations      peak of the plan over one full row       a micro-batch is one row; one graph lives at a time
 
-The peak of a plan is of layers and loss as they ran, and the logits chunk belongs to the loss: that line stands only
-where there is no plan.
+The logits chunk belongs to the loss of a plan: its line stands only where there is none. On several ranks these are the shares of one of them (share.py), and beside them stand
+
+    gathered         embedding, norm and head of each model   whole as long as a micro-batch runs
 
 The plan is made for the longest row a micro-batch can be, each of its tokens trained, on a model of fake tensors: they
 have the training's device and dtypes, so that the same backends run under the same autocast, and no memory.
@@ -23,8 +24,7 @@ Nothing here changes a result: gradients are the same bits under every plan. Gen
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +35,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from nova_kernels.checkpoint import (
+    ACTIONS,
+    Action,
+    Chain,
     InfeasibleBudgetError,
-    Profile,
     SegmentPlan,
     StorageTracker,
     checkpoint_segments,
@@ -49,15 +51,15 @@ from nova_kernels.logprob import linear_logprobs
 from nova_kernels.packing import pack_samples
 from nova_kernels.topk_kl import TopK
 from nova_train.config import ConfigError, TrainConfig, stage_name
-from nova_train.model import Head, lm_head, model_without_weights, pick_device
+from nova_train.model import Head, lm_head, mesh_of, model_without_weights, pick_device
 from nova_train.optim import muon_names
-from nova_train.values import parse_bytes
+from nova_train.sharding import is_sharded
+from nova_train.share import Share, device_budget
 
 log = logging.getLogger(__name__)
 
 LOGITS = "logits chunk"
 SAMPLE_TOKENS = 512  # of the row that is profiled, where nothing asks for more
-GPU_SHARE, CPU_SHARE = 0.9, 0.5  # of the device's memory, where no memory_budget is given
 
 
 class UnpredictableError(ConfigError):
@@ -79,8 +81,9 @@ class MemoryPlan:
 
     parts: list[MemoryPart]  # all but activations and what the loss holds
     activations: SegmentPlan  # for a full row
-    profile: Profile
     tokens: int  # of a full row
+    share: Share  # of it, on one rank
+    chain_of: Callable[[int], Chain]  # what that costs, for a row of so many tokens
     budget: int | None  # bytes for everything; None: there was none
 
     @property
@@ -91,11 +94,13 @@ class MemoryPlan:
     def activation_bytes(self, tokens: int) -> int:
         """The predicted peak of activations for a row of this many tokens."""
         plan = self.activations
-        return SegmentPlan.of(self.profile, plan.sizes, plan.actions, tokens=tokens).predicted_peak_bytes
+        chain = self.chain_of(tokens)
+        return SegmentPlan.of(chain, plan.sizes, plan.actions, fsdp=plan.fsdp).predicted_peak_bytes
 
     def text(self) -> str:
         """The estimate as aligned lines with its sum, and the plan as a table."""
-        of_row = f"at the worst moment of a row of {self.tokens:,} tokens, as planned below"
+        shared = f" that {self.share.sp} ranks share" if self.share.sp > 1 else ""
+        of_row = f"at the worst moment of a row of {self.tokens:,} tokens{shared}, as planned below"
         activations = MemoryPart(name="activations", num_bytes=self.activations.predicted_peak_bytes, formula=of_row)
         limit = "" if self.budget is None else f"of a budget of {format_bytes(self.budget)}"
         return f"{memory_text([*self.parts, activations], limit)}\n\n{self.activations.table()}"
@@ -114,77 +119,107 @@ def resident_bytes(parts: list[MemoryPart]) -> int:
     return sum(part.num_bytes for part in parts)
 
 
-def estimate_memory(config: TrainConfig) -> list[MemoryPart]:
-    """All but activations, by the formulas above, from the models' config files; no weights are loaded."""
-    meta = torch.device("meta")
+def estimate_memory(config: TrainConfig, *, ranks: int | None = None) -> list[MemoryPart]:
+    """All but activations, by the formulas above, from the models' config files; no weights are loaded.
+
+    Args:
+        ranks: of the training; None: as many as were started.
+    """
+    share, meta = Share.of(config, ranks), torch.device("meta")
     model = _trained(config, meta)
-    trained, size = _count(model), getattr(torch, config.dtype).itemsize
-    others = (model_without_weights(path, config, meta, reward_head=head) for path, head in config.frozen_models())
-    frozen = sum(map(_count, others))
-    muon = 0
+    size = getattr(torch, config.dtype).itemsize
+    others = [model_without_weights(path, config, meta, reward_head=head) for path, head in config.frozen_models()]
+    muon: list[nn.Parameter] = []
     if config.optim == "muon":
         named = list(model.named_parameters())
         names = muon_names(model, named)
-        muon = sum(p.numel() for name, p in named if name in names)
+        muon = [p for name, p in named if name in names]
     vocabulary: int = model.config.vocab_size
-    rows = min(config.row_tokens(), chunk_rows(vocabulary, torch.device(pick_device(config.device))))
+    rows = min(share.tokens(config.row_tokens()), chunk_rows(vocabulary, torch.device(pick_device(config.device))))
     logits = rows * vocabulary if config.has_logits() else 0
+    whole = sum(share.gathered_bytes(each, config.bf16) for each in (model, *others))
+    per_rank = f" / {share.ranks} ranks" if share.ranks > 1 else ""
 
-    def part(name: str, times: int, parameters: int) -> MemoryPart:
-        formula = f"{times} x {parameters:,} parameters x {size} bytes"
-        return MemoryPart(name=name, num_bytes=times * parameters * size, formula=formula)
+    def part(name: str, times: int, parameters: Iterable[nn.Parameter], without: Iterable[nn.Parameter] = ()) -> Any:
+        counted, left_out = list(parameters), list(without)
+        total = _count(counted) - _count(left_out)
+        num_bytes = times * size * (share.numel(counted) - share.numel(left_out))
+        return MemoryPart(
+            name=name, num_bytes=num_bytes, formula=f"{times} x {total:,} parameters x {size} bytes{per_rank}"
+        )
 
     parts = [
-        part("weights", 1, trained),
-        part("frozen models", 1, frozen),
-        part("gradients", 1, trained),
-        part("AdamW", 2, trained - muon),
+        part("weights", 1, model.parameters()),
+        part("frozen models", 1, [p for other in others for p in other.parameters()]),
+        part("gradients", 1, model.parameters()),
+        part("AdamW", 2, model.parameters(), muon),
         part("Muon", 1, muon),
+        MemoryPart(name="gathered", num_bytes=whole, formula="embedding, norm and head, whole on every rank"),
         MemoryPart(name=LOGITS, num_bytes=8 * logits, formula=f"2 x {logits:,} logits x 4 bytes"),
     ]
     return [line for line in parts if line.num_bytes]
 
 
-def plan_memory(config: TrainConfig) -> MemoryPlan:
+def plan_memory(config: TrainConfig, *, ranks: int | None = None, budget: int | None = None) -> MemoryPlan:
     """The plan of `config.segments` and what it comes to; no weights are loaded.
+
+    Args:
+        ranks: of the training; None: as many as were started.
+        budget: bytes for everything, with segments: auto; None: `device_budget`.
 
     Raises:
         UnpredictableError: the model cannot be profiled.
         ConfigError: sizes that do not fit its layers; a memory_budget below the lowest peak there is, which is named.
     """
-    tokens, place = config.row_tokens(), FakeTensorMode(allow_non_fake_inputs=True)
+    share, row = Share.of(config, ranks), config.row_tokens()
+    place = FakeTensorMode(allow_non_fake_inputs=True)
+    gathered_in = replace(config, dtype="bfloat16") if share.ranks > 1 and config.bf16 else config
     with torch.device(pick_device(config.device)):
-        model = _trained(config, place)
+        model = _trained(gathered_in, place)
     try:
-        profile = profile_layers(model, _sample(config, model, place), loss=_trial(config))
+        sample = _sample(model, share.tokens(row), place)
+        profile = profile_layers(model, sample, loss=_trial(config))
     except (ValueError, RuntimeError) as error:
         raise UnpredictableError(
             f"segments: the activations of {type(model).__name__} cannot be predicted ({_first_line(error)}); "
             "give segments as a number of layers, which needs no prediction"
         ) from error
-    parts = [part for part in estimate_memory(config) if part.name != LOGITS]
-    unseen = _logits_within_the_loss(config, model)
+    unseen = _logits_within_the_loss(config, model, share)
     profile = replace(profile, loss=profile.loss.plus(unseen), under_autocast=profile.under_autocast.plus(unseen))
-    budget = None
+
+    def chain_of(row: int) -> Chain:
+        return share.chain(profile.at(share.tokens(row)), model, row, config)
+
+    parts = [part for part in estimate_memory(config, ranks=ranks) if part.name != LOGITS]
+    chain = chain_of(row)
     if config.segments == "auto":
-        budget = device_budget(config)
-        plan = _fastest(config, profile, budget, resident_bytes(parts))
+        budget = device_budget(config) if budget is None else budget
+        allow = [a for a in ACTIONS if a != "offload" or profile.device != "cpu"]  # a CPU's memory is the host's
+        plan = _fastest(config, chain, share, budget, resident_bytes(parts), allow)
     elif config.segments is None:
-        plan = SegmentPlan.of(profile, [profile.num_layers], "keep", tokens=tokens)
+        plan = SegmentPlan.of(chain, [profile.num_layers], "keep", fsdp=share.fsdp)
     else:
         with _attached(model, config.segments) as handle:
-            plan = SegmentPlan.of(profile, handle.sizes, tokens=tokens)
-    return MemoryPlan(parts=parts, activations=plan, profile=profile, tokens=tokens, budget=budget)
+            plan = SegmentPlan.of(chain, handle.sizes, fsdp=share.fsdp)
+    return MemoryPlan(
+        parts=parts,
+        activations=plan,
+        tokens=row,
+        share=share,
+        chain_of=chain_of,
+        budget=budget if config.segments == "auto" else None,
+    )
 
 
-def _logits_within_the_loss(config: TrainConfig, model: PreTrainedModel) -> int:
+def _logits_within_the_loss(config: TrainConfig, model: PreTrainedModel, share: Share) -> int:
     """Bytes of the chunk that the head's operator makes and frees inside itself, where no profile sees it.
 
     On a CPU the logits of few rows leave the operator, and were seen.
     """
     rows = chunk_rows(model.config.vocab_size, torch.device(pick_device(config.device)))
-    seen = pick_device(config.device) == "cpu" and config.row_tokens() <= rows
-    return 0 if seen or not config.has_logits() else 8 * min(rows, config.row_tokens()) * model.config.vocab_size
+    tokens = share.tokens(config.row_tokens())
+    seen = pick_device(config.device) == "cpu" and tokens <= rows
+    return 0 if seen or not config.has_logits() else 8 * min(rows, tokens) * model.config.vocab_size
 
 
 def attach_segments(model: PreTrainedModel, config: TrainConfig) -> MemoryPlan | None:
@@ -196,7 +231,8 @@ def attach_segments(model: PreTrainedModel, config: TrainConfig) -> MemoryPlan |
     if config.segments is None:
         return None
     if config.segments == "auto":
-        plan = plan_memory(config)
+        budget = min(mesh_of(model).gather(device_budget(config)))  # one plan for all ranks
+        plan = plan_memory(config, budget=budget)
         _attached(model, plan.activations)
     else:
         _attached(model, config.segments)
@@ -216,15 +252,6 @@ def attach_segments(model: PreTrainedModel, config: TrainConfig) -> MemoryPlan |
     return plan
 
 
-def device_budget(config: TrainConfig) -> int:
-    """`memory_budget` in bytes, or a share of the device's memory where there is none."""
-    if config.memory_budget is not None:
-        return parse_bytes(config.memory_budget, "memory_budget")
-    if pick_device(config.device) == "cuda":
-        return int(GPU_SHARE * torch.cuda.get_device_properties(0).total_memory)
-    return int(CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
 class MemoryMeter:
     """Measures what a plan predicted, without touching a result.
 
@@ -242,7 +269,8 @@ class MemoryMeter:
     def row(self, tokens: int) -> Iterator[None]:
         """Around forward and backward of a micro-batch of this many tokens."""
         first, self._first = self._first, False
-        if self._plan is None or self._on_gpu or not first:
+        # A tracker of storages does not see FSDP2 free and fill again what it gathers.
+        if self._plan is None or self._on_gpu or not first or is_sharded(self._model):
             yield
             return
         with _counted(self._model) as tracker:
@@ -291,9 +319,11 @@ def _counted(model: nn.Module) -> Iterator[StorageTracker]:
             hook.remove()
 
 
-def _fastest(config: TrainConfig, profile: Profile, budget: int, resident: int) -> SegmentPlan:
+def _fastest(
+    config: TrainConfig, chain: Chain, share: Share, budget: int, resident: int, allow: list[Action]
+) -> SegmentPlan:
     try:
-        return plan_segments(profile, tokens=config.row_tokens(), budget_bytes=max(budget - resident, 1))
+        return plan_segments(chain, budget_bytes=max(budget - resident, 1), allow=allow, fsdp=share.fsdp)
     except InfeasibleBudgetError as error:
         floor = error.nearest.predicted_peak_bytes
         raise ConfigError(
@@ -319,21 +349,21 @@ def _is_reward(config: TrainConfig) -> bool:
     return stage_name(type(config)) == "reward"
 
 
-def _count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _sample(config: TrainConfig, model: PreTrainedModel, place: FakeTensorMode) -> dict[str, Any]:
-    """A row as models are called with it; boundaries are read on the CPU, so they are real.
+def _sample(model: PreTrainedModel, longest: int, place: FakeTensorMode) -> dict[str, Any]:
+    """A part of the longest row as models are called with it; boundaries are read on the CPU, so they are real.
 
     Up to a number of rows the head keeps its logits on a CPU. The profile is made of the row, its half and its quarter:
     all lie on one side of that number, where the longest row of the training lies.
     """
-    kept, longest = chunk_rows(model.config.vocab_size, model.device), config.row_tokens()
+    kept = chunk_rows(model.config.vocab_size, model.device)
     tokens = min(SAMPLE_TOKENS, max(longest, 8)) if longest <= kept else max(SAMPLE_TOKENS, 4 * (kept + 1))
     batch = pack_samples([{"input_ids": [0] * tokens}])
     ids, positions = (place.from_tensor(x.to(model.device)) for x in (batch.input_ids, batch.position_ids))

@@ -44,18 +44,24 @@ class Subject:
 
     name: str
     parameters: int
-    chain: Chain  # with the logits in `loss`
+    chain: Chain  # of one GPU, with the logits in `loss`
+    sp: int = 1  # GPUs that share a row
 
 
-def subject_of(model: str, tokens: int, kernels: Counting, logit_bytes: float) -> Subject:
-    """The model of a built-in name, a folder, a config.json or a name on the Hub, at `tokens` tokens per GPU.
+def subject_of(model: str, tokens: int, kernels: Counting, logit_bytes: float, *, sp: int = 1) -> Subject:
+    """The model of a built-in name, a folder, a config.json or a name on the Hub, for rows that `sp` GPUs share.
 
     Raises:
         ConfigError: no such model, a malformed configuration, one that is no causal language model, one whose layers
-            have no formula or cannot be run without data.
+            have no formula or cannot be run without data; shared rows of a measured one.
     """
     shape = MODEL_SHAPES.get(model)
     if kernels == "measured":
+        if sp > 1:
+            raise ConfigError(
+                f"sequence_parallel_size {sp}: what is measured is a model by itself; take kernels: eager or fused for "
+                "rows that GPUs share"
+            )
         settings = _built_in(shape) if shape is not None else _configuration(model)
         return _measured(model, settings, tokens, logit_bytes)
     if shape is None:
@@ -65,13 +71,13 @@ def subject_of(model: str, tokens: int, kernels: Counting, logit_bytes: float) -
             raise
         except ValueError as error:
             raise ConfigError(f"model {model}: {error}") from error
-    return by_formula(shape, tokens, kernels, logit_bytes)
+    return by_formula(shape, tokens, kernels, logit_bytes, sp=sp)
 
 
-def by_formula(shape: ModelShape, tokens: int, kernels: Kernels, logit_bytes: float) -> Subject:
+def by_formula(shape: ModelShape, tokens: int, kernels: Kernels, logit_bytes: float, *, sp: int = 1) -> Subject:
     """A shape whose layers save what the formulas of `fleet` say."""
-    chain = chain_of(shape, tokens, kernels=kernels, logit_bytes=logit_bytes)
-    return Subject(name=shape.name, parameters=shape.parameters, chain=chain)
+    chain = chain_of(shape, tokens, kernels=kernels, logit_bytes=logit_bytes, sp=sp)
+    return Subject(name=shape.name, parameters=shape.parameters, chain=chain, sp=sp)
 
 
 def _built_in(shape: ModelShape) -> Any:

@@ -188,7 +188,8 @@ def test_shapes_count_the_parameters_of_hugging_face_models(family: str, fields:
     assert ModelShape.from_config(config) == shape
 
 
-def test_the_two_models() -> None:
+def test_the_built_in_models() -> None:
+    assert MODEL_SHAPES["qwen2-7b"].parameters == 7_615_616_512
     assert LLAMA.parameters == 70_553_706_496
     assert QWEN.parameters == 72_706_203_648
 

@@ -13,7 +13,7 @@ import torch
 
 import tiny
 from nova_kernels.lm_head import arithmetic
-from nova_train import memory
+from nova_train import memory, share
 from nova_train.config import ConfigError
 from nova_train.stages import grpo, reward, sft
 from nova_train.world.model import ModelSize, untrained_model
@@ -206,12 +206,12 @@ def test_the_longest_row_of_each_stage() -> None:
 
 def test_the_budget_is_a_share_of_the_device_where_none_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     auto = config(folder, segments="auto")
-    monkeypatch.setattr(memory.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
-    assert memory.device_budget(auto) == 4096 * 500
-    monkeypatch.setattr(memory, "pick_device", lambda _: "cuda")
+    monkeypatch.setattr(share.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 1000}.__getitem__)
+    assert share.device_budget(auto) == 4096 * 500
+    monkeypatch.setattr(share, "pick_device", lambda _: "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80_000))
-    assert memory.device_budget(auto) == 72_000
-    assert memory.device_budget(config(folder, segments="auto", memory_budget="2KB")) == 2000
+    assert share.device_budget(auto) == 72_000
+    assert share.device_budget(config(folder, segments="auto", memory_budget="2KB")) == 2000
 
 
 def test_on_a_gpu_the_peak_between_two_lines_is_reported(

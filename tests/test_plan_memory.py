@@ -284,8 +284,9 @@ def test_configurations_that_cannot_be_are_one_line(
         ({"segments": [2, 0]}, "segments: expected at least 1 layer per segment, got 0"),
         ({"allow": []}, "allow is empty; expected some of keep, segment, nested, offload"),
         ({"allow": ["nest"]}, "allow: unknown action 'nest'; did you mean 'nested'?"),
-        ({"model": None}, "model=None and fleet=False: give model, or fleet"),
-        ({"fleet": True}, "model='qwen2-72b' and fleet=True: it has models of its own"),
+        ({"model": None}, "model=None, fleet=False and scale=False: give model, fleet or scale"),
+        ({"fleet": True}, "model='qwen2-72b', fleet=True and scale=False: they have models of their own"),
+        ({"scale": True}, "model='qwen2-72b', fleet=False and scale=True: they have models of their own"),
     ],
 )
 def test_keys_that_cannot_be(keys: dict[str, Any], says: str) -> None:

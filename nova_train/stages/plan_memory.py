@@ -2,7 +2,9 @@
 
     nova-train plan-memory --model llama-3-70b --tokens 32768
     nova-train plan-memory --model path/to/config.json --tokens 16384 --gpus 32 --kernels measured
+    nova-train plan-memory --model qwen2-72b --tokens 131072 --sequence_parallel_size 8
     nova-train plan-memory --fleet
+    nova-train plan-memory --scale
 
 No weights are loaded and nothing is computed: `kernels: eager` and `fused` count by formula what autograd keeps;
 `measured` runs the model on the meta device, which holds no data, and counts. States are sharded over all GPUs (FSDP2).
@@ -31,6 +33,7 @@ from nova_kernels.checkpoint import (
 )
 from nova_train.config import ConfigError, unknown_name
 from nova_train.fleet import MODEL_SHAPES, Card, Kernels, MemoryNeed, equal_segments, memory_need, sharded
+from nova_train.scale import scale_lines
 from nova_train.subject import Counting, Subject, by_formula, subject_of
 from nova_train.values import parse_bytes
 
@@ -81,7 +84,8 @@ class PlanMemoryConfig:
     """Keys of `nova-train plan-memory`."""
 
     model: str | None = None  # llama-3-70b, qwen2-72b, a folder or config.json, or a Hugging Face name
-    tokens: int = 16384  # packed tokens per GPU in one forward pass, one document
+    tokens: int = 16384  # packed tokens of a row, which is what one forward pass takes; one document
+    sequence_parallel_size: int = 1  # GPUs that share every row
     gpus: int | None = None  # None: for each plan the smallest number on which it fits
     kernels: Counting = "fused"  # what layers save: HF modules, fused kernels, or a count
     logit_bytes: float = 0.0  # per logit at the loss: 0 fused or reward head, 8 fp32 and gradient, 12 one more copy
@@ -94,11 +98,12 @@ class PlanMemoryConfig:
     slack_gb: float = 4.0  # of that, for context, workspaces and fragmentation
     bytes_per_parameter: float = 16.0  # bf16 weight and gradient, fp32 master weight and two moments
     fleet: bool = False  # the table of two 70B models at 16K and 32K tokens instead
+    scale: bool = False  # the tables of a 7B and a 72B model at 16K to 128K tokens, alone and shared, instead
 
     def __post_init__(self) -> None:
         if isinstance(self.segments, int):
             object.__setattr__(self, "segments", [self.segments])
-        for key in ("tokens", "gpus", "card_gb", "bytes_per_parameter"):
+        for key in ("tokens", "sequence_parallel_size", "gpus", "card_gb", "bytes_per_parameter"):
             value = getattr(self, key)
             if value is not None and value <= 0:
                 raise ConfigError(f"{key} must be positive, got {value}")
@@ -119,9 +124,15 @@ class PlanMemoryConfig:
             raise ConfigError(f"allow: {unknown_name('action', unknown[0], list(ACTIONS))}")
         if not self.allow:
             raise ConfigError(f"allow is empty; expected some of {', '.join(ACTIONS)}")
-        if (self.model is None) != self.fleet:
-            given = "it has models of its own: leave model out" if self.fleet else "give model, or fleet"
-            raise ConfigError(f"model={self.model!r} and fleet={self.fleet}: {given}")
+        if self.gpus is not None and self.gpus % self.sequence_parallel_size:
+            raise ConfigError(
+                f"gpus {self.gpus} is no multiple of sequence_parallel_size {self.sequence_parallel_size}"
+            )
+        if (self.model is not None) + self.fleet + self.scale != 1:
+            given = (
+                "they have models of their own: give one of the three" if self.model else "give model, fleet or scale"
+            )
+            raise ConfigError(f"model={self.model!r}, fleet={self.fleet} and scale={self.scale}: {given}")
 
     @property
     def card(self) -> Card:
@@ -136,7 +147,7 @@ class PlanMemoryConfig:
     def subject(self) -> Subject:
         """The model, its layers counted by formula or on the meta device; errors as in `subject_of`."""
         assert self.model is not None, "the config asks for a model or the fleet"
-        return subject_of(self.model, self.tokens, self.kernels, self.logit_bytes)
+        return subject_of(self.model, self.tokens, self.kernels, self.logit_bytes, sp=self.sequence_parallel_size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,12 +160,15 @@ class PlanRow:
 
 
 def run(config: PlanMemoryConfig, *, console: Console | None = None) -> None:
-    """Print the table of one model, or of the fleet."""
+    """Print the table of one model, of the fleet, or those of docs/scale.md."""
     console = Console(width=max(Console().width, WIDTH)) if console is None else console
     if config.fleet:
         for tokens in sorted({setting.tokens for setting in FLEET}):
             console.print(Text(f"{tokens:,} tokens per GPU: GiB of activations and logits / GPUs needed\n"))
             console.print(fleet_table(config, tokens), Text())
+        return
+    if config.scale:
+        console.print(Text("\n".join(scale_lines(config.card))))
         return
     subject = config.subject()
     rows = list(plan_rows(subject, config))
@@ -216,7 +230,9 @@ def _fastest(subject: Subject, config: PlanMemoryConfig) -> Iterator[PlanRow]:
 
 
 def _row(name: str, subject: Subject, plan: SegmentPlan, fsdp: FSDP | None = None) -> PlanRow:
-    need = memory_need(subject.chain, plan.bounds, plan.actions, parameters=subject.parameters, fsdp=fsdp)
+    need = memory_need(
+        subject.chain, plan.bounds, plan.actions, parameters=subject.parameters, fsdp=fsdp, sp=subject.sp
+    )
     return PlanRow(name=name, plan=plan, need=need)
 
 
@@ -231,7 +247,8 @@ def heading(subject: Subject, config: PlanMemoryConfig) -> Iterator[str]:
     first = subject.chain.layers[0]
     n = first.saved / first.boundary + first.saves_input
     yield f"{subject.name}: {subject.parameters / 1e9:.2f}B parameters, {len(subject.chain.layers)} layers"
-    yield f"{config.tokens:,} tokens per GPU; one layer saves n = {n:.2f} times its input ({config.kernels})"
+    shared = f"in a row that {subject.sp} GPUs share" if subject.sp > 1 else "per GPU"
+    yield f"{config.tokens:,} tokens {shared}; one layer saves n = {n:.2f} times its input ({config.kernels})"
     alone = config.gpus == 1
     if config.memory_budget is None:
         room = (
