@@ -8,7 +8,8 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
     logits chunk     2 * 4 * V min(tokens, rows of a chunk)   logits and their gradient in fp32
     activations      peak of the plan over one full row       a micro-batch is one row; one graph lives at a time
 
-The logits chunk belongs to the loss of a plan: its line stands only where there is none. On several ranks these are the shares of one of them (share.py), and beside them stand
+The logits chunk belongs to the loss of a plan: its line stands only where there is none. On several ranks these are
+the shares of one of them (share.py), and beside them stands
 
     gathered         embedding, norm and head of each model   whole as long as a micro-batch runs
 
