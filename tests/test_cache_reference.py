@@ -149,9 +149,9 @@ def test_without_a_kl_on_rollouts_the_reference_is_never_loaded(
 ) -> None:
     loaded = []
 
-    def load(path: str, config: Any, *, frozen: bool = False) -> Any:
+    def load(path: str, config: Any, *, frozen: bool = False, mesh: Any = None) -> Any:
         loaded.append(frozen)
-        return load_causal_lm(path, config, frozen=frozen)
+        return load_causal_lm(path, config, frozen=frozen, mesh=mesh)
 
     monkeypatch.setattr(grpo, "load_causal_lm", load)
     options = {"beta": 0.0, "max_steps": 2, "num_iterations": 2}

@@ -154,16 +154,16 @@ def test_logits_count_once(folder: Path) -> None:
     estimate, plan = memory.estimate_memory(config(folder)), memory.plan_memory(config(folder))
     names, planned = [part.name for part in estimate], [part.name for part in plan.parts]
     assert names == ["weights", "gradients", "AdamW", "logits chunk"] and planned == names[:-1]
-    assert plan.profile.at(TOKENS).loss >= 4 * TOKENS * 512
+    assert plan.chain_of(TOKENS).loss >= 4 * TOKENS * 512
 
 
 def test_logits_that_an_operator_keeps_to_itself_belong_to_the_loss(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows beyond a chunk: neither fake tensors nor the tracker see the chunk, so it is added."""
-    plain = memory.plan_memory(config(folder)).profile.at(TOKENS).loss
+    plain = memory.plan_memory(config(folder)).chain_of(TOKENS).loss
     monkeypatch.setattr(arithmetic, "chunk_elements", lambda device: 16 * 512)
-    chunked = memory.plan_memory(config(folder)).profile.at(TOKENS).loss
+    chunked = memory.plan_memory(config(folder)).chain_of(TOKENS).loss
     assert 8 * 16 * 512 < chunked < plain
 
 

@@ -192,7 +192,9 @@ class PolicyObjective:
 
     def _policy_terms(self, hidden: Tensor, targets: Tensor, batch: RolloutBatch) -> loop.LossTerms:
         config, head, mesh = self.config, lm_head(self.model), mesh_of(self.model)
-        own = own_predictions(batch.packed.labels, own_tokens(self.model, batch.num_tokens))
+        own = slice(None)
+        if mesh.sequence_group is not None:
+            own = own_predictions(batch.packed.labels, own_tokens(self.model, batch.num_tokens))
         ref = None if batch.ref is None else batch.ref.to(hidden.device)
         out = linear_logprobs(
             hidden,
