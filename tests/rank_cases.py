@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing
@@ -61,8 +62,9 @@ def run_stage(stage: str, folder: Path, output_dir: Path, **options: Any) -> Pat
     keys: dict[str, Any] = {**SHARED, **OWN[stage], "dataset_name": [str(folder / data)], **options}
     if stage == "grpo":
         keys |= {"reward_funcs": [f"{folder / 'rewards.py'}:ids"], "ptx_dataset_name": [str(folder / "sft.jsonl")]}
-        grpo._answers = _fixed_answers
-    return run(kind(output_dir=str(output_dir), model_name_or_path=str(folder / "model"), **keys))
+    config = kind(output_dir=str(output_dir), model_name_or_path=str(folder / "model"), **keys)
+    with mock.patch.object(grpo, "_answers", _fixed_answers):
+        return run(config)
 
 
 def run_cases(cases: Mapping[str, tuple[str, dict[str, Any]]], folder: Path) -> None:

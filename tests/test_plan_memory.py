@@ -58,6 +58,7 @@ def subject_of(**keys: Any) -> Subject:
     return PlanMemoryConfig(**keys).subject()
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_command_prints() -> None:
     page = PAGE.read_text(encoding="utf-8")
     shown = page.partition("<!-- nova-train plan-memory --fleet -->\n")[2].partition("<!-- end -->")[0]

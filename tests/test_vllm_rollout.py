@@ -177,6 +177,7 @@ def on_rank(folder: Path, cases: dict[str, dict[str, Any]]) -> None:
     assert sum(event[0] == "reload" for event in llm.events) == 4  # 3 rollouts; evaluated after steps 2 and 3
 
 
+@pytest.mark.slow
 def test_ranks_send_whole_weights_and_ask_for_their_share(folder: Path) -> None:
     with fake_vllm.server(str(folder / "model"), room=134) as (url, paths):
         cases = {"hf": {"rollout": "hf"}, "engine": {}, "server": {"vllm_server_base_url": url}}
