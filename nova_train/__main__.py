@@ -61,7 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    if launched_ranks() == 1:
+    try:
+        several = launched_ranks() > 1
+    except ConfigError as error:
+        print(f"nova-train: {error}", file=sys.stderr)
+        return 2
+    if not several:
         return _told(words)
     if not words or _wants_help(words) or words[0] == "env" or "--dry_run" in words:
         return _told(words) if _rank() == 0 else 0
@@ -70,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if _rank() > 0:
         logging.disable(logging.WARNING)
         warnings.simplefilter("ignore")
-    mesh.connect()
+    try:
+        mesh.connect()
+    except ConfigError as error:
+        print(f"nova-train: {error}", file=sys.stderr)
+        return 2
     try:
         return _told(words)
     finally:

@@ -168,7 +168,10 @@ class TrainConfig:
 
 def launched_ranks() -> int:
     """Processes of this run, as torchrun (or a launcher that sets its variables) has started them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    given = os.environ.get("WORLD_SIZE") or "1"
+    if not given.isdecimal() or given == "0":
+        raise ConfigError(f"WORLD_SIZE must be a number of processes, got {given!r}; for one process unset it")
+    return int(given)
 
 
 def _check_segments(segments: object, memory_budget: int | str | None) -> None:

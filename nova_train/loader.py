@@ -237,6 +237,11 @@ def _as_texts(items: Sequence[object]) -> list[str]:
         return [repr(item) for item in items]
 
 
+def items_fingerprint(items: Sequence[object]) -> str:
+    """SHA-256 over every item in full."""
+    return fingerprint({"items": _as_texts(items)})
+
+
 def _generator(seed: int, epoch: int) -> np.random.Generator:
     return np.random.default_rng([seed, epoch])
 

@@ -6,8 +6,8 @@ exactly one place (here) divides it by the term's global count, known before the
     loss = sum_terms  weight_term * (sum over all micro-batches) / (count over all micro-batches)
 
 so the gradient does not depend on how a batch is cut into micro-batches, nor over how many ranks they are spread: the
-counts are those of all ranks, and gradients are summed over them (FSDP2 averages, so the loss is multiplied by their
-number). Every rank runs equally many micro-batches, some of them repeats that add nothing.
+counts are those of all ranks, and gradients are summed over them. Every rank runs equally many micro-batches, some of
+them repeats that add nothing.
 
 Everything a step depends on is in the saved state: a run that is killed and started again gives the same bytes as one
 that was not.
@@ -15,6 +15,7 @@ that was not.
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,8 @@ from nova_train.model import pick_device
 from nova_train.optim import Optimizers, learning_rate_factor
 from nova_train.sharding import full_state_dict, full_tensor, with_weights
 from nova_train.terminal import progress, stop_requests
+
+log = logging.getLogger(__name__)
 
 _TOKENS = "tokens"  # counted beside the terms of the loss
 
@@ -123,6 +126,12 @@ def begin(config: TrainConfig, stage: str) -> Start:
         return False, state.find_checkpoint(config)
 
     finished, checkpoint = mesh.on_main(claim)
+    if mesh.is_main and config.step_size(mesh.dp) <= config.per_device_train_batch_size * (mesh.dp - 1):
+        log.warning(
+            "%s: a step of %d is less than %d data-parallel groups take with per_device_train_batch_size %d: some of "
+            "them only wait; lower it, or raise global_batch_size or sequence_parallel_size",
+            stage, config.step_size(mesh.dp), mesh.dp, config.per_device_train_batch_size,
+        )  # fmt: skip
     torch.set_num_threads(config.num_threads)
     random.seed(config.seed)
     np.random.seed(config.seed)
@@ -176,7 +185,8 @@ class Training(Generic[MicroBatch]):
         else:
             self.optimizers.load_state_dict(saved["optimizers"])
         self.source.load_state_dict(saved["source"])
-        self.window.load_state_dict(saved["window"])
+        if self.mesh.is_main:  # what all ranks have counted
+            self.window.load_state_dict(saved["window"])
         state.restore_rng(saved["rng"])
 
     def save(self) -> Path:
@@ -332,7 +342,7 @@ def accumulate_gradients(
         counted = not isinstance(batch, Repeat)
         batch = batch if counted else batch.item
         with around(batch.num_tokens):
-            _backward(objective, batch, counts, window, model, factor=float(mesh.size * counted))
+            _backward(objective, batch, counts, window, model, factor=float(counted))
     if mesh.is_main:
         window.add("loss", 0.0, 1)
         for name, count in counts.items():

@@ -219,6 +219,11 @@ def connect() -> _Connection | None:
     """Meet the other ranks, if there are any and it has not been done; `leave` is its counterpart."""
     global _connection
     if launched_ranks() > 1 and _connection is None:
+        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+            raise ConfigError(
+                f"WORLD_SIZE is {launched_ranks()}, but {', '.join(missing)} is not set; start with torchrun, set all "
+                "of them, or unset WORLD_SIZE for one process"
+            )
         # A recipe may have stages on GPUs and on CPUs: both can be used where there are GPUs for all.
         backend = "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and _missing_gpus() == 0 else "gloo"
         store, rank, size = next(dist.rendezvous("env://"))

@@ -1,6 +1,6 @@
 """Models whose weights are sharded over the ranks by FSDP2: one unit per layer, and one for embedding, norm and heads.
 
-    gradient of a weight = sum over ranks of the gradients of their losses: FSDP2 averages, the loop multiplies by ranks
+    gradient of a weight = sum over ranks of the gradients of their losses, each divided by counts over all ranks
 
 The trainer's losses use the head's weight beside the model (nova_train.model), so they run inside the root's forward,
 where it is whole. Generation asks for all weights at once: they are gathered once, not once per token.
@@ -44,6 +44,10 @@ def shard(model: nn.Module, mesh: Mesh, *, bf16: bool) -> None:
         fully_shard(layer, **options)
     root = _Root(model)
     fully_shard(root, **options)
+    for unit in root.modules():
+        if isinstance(unit, FSDPModule):  # a sum: an average of three ranks, times three, is rounded in float32
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     object.__setattr__(model, "_root", root)  # no submodule: it holds the model
 
 

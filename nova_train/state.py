@@ -130,7 +130,7 @@ def restore_rng(state: Mapping[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])  # there may be fewer than there were
 
 
 def save_checkpoint(
@@ -280,7 +280,7 @@ def damage_of(checkpoint: Path) -> str | None:
 
 def load_trainer(checkpoint: Path) -> dict[str, Any]:
     """The trainer.pt of a sound checkpoint."""
-    loaded: dict[str, Any] = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    loaded: dict[str, Any] = torch.load(checkpoint / "trainer.pt", weights_only=True, map_location="cpu")
     return loaded
 
 

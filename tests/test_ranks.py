@@ -31,6 +31,8 @@ RUNS: list[tuple[str, tuple[int, int], tuple[int, int], dict[str, Any]]] = [
     ("sft", (2, 2), (2, 3), {}),
     ("reward", (2, 2), (1, 3), {}),
     ("grpo", (2, 2), (1, 3), {}),
+    ("sft", (3, 1), (1, 2), {}),  # a number that does not divide one exactly
+    ("reward", (1, 3), (6, 1), {}),
 ]
 ONE = [("sft", (1, 1), (6, 1), {}), ("sft", (1, 1), (6, 1), MUON)] + [
     (stage, (1, 1), (6, 1), {}) for stage in ("reward", "grpo")
@@ -60,7 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.prompt_file(folder / "prompts.jsonl")
     (folder / "rewards.py").write_text(REWARDS)
     run_cases(named(ONE), folder)
-    on_ranks(2, run_cases, named([run for run in RUNS if run[1] != (2, 2)]), folder)
+    on_ranks(2, run_cases, named([run for run in RUNS if run[1] in ((2, 1), (1, 2))]), folder)
+    on_ranks(3, run_cases, named([run for run in RUNS if 3 in run[1]]), folder)
     on_ranks(4, run_cases, named([run for run in RUNS if run[1] == (2, 2)]), folder)
     return folder
 

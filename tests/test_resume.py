@@ -57,9 +57,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# One loop runs all stages: two of them in every run of the tests.
+# One loop runs all stages: one of them in every run of the tests.
 @pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=() if stage in ("sft", "grpo") else pytest.mark.slow) for stage in STAGES]
+    "stage", [pytest.param(stage, marks=() if stage == "sft" else pytest.mark.slow) for stage in STAGES]
 )
 def test_a_killed_run_continues_byte_for_byte(folder: Path, stage: str) -> None:
     def run(output: str, *, killed_at: int = -1) -> int:

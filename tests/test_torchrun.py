@@ -248,6 +248,7 @@ def alive(pid: int) -> bool:
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_torchrun_goes_on_when_a_rank_is_killed_and_ends_when_it_fails(tmp_path: Path) -> None:
     """First attempt: killed. Second: goes on from the last save, and fails. The same command again: it ends well."""
     recipe = small_quickstart(tmp_path / "out")

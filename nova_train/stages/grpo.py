@@ -38,7 +38,7 @@ from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import read_rows
 from nova_train.evaluate import mean_rewards
 from nova_train.experience import Experience, ExperienceOptions, PTXBatch, RolloutBatch, Sampler
-from nova_train.loader import PackedLoader, ShuffledLoader
+from nova_train.loader import PackedLoader, ShuffledLoader, items_fingerprint
 from nova_train.losses import clipped_policy_loss, own_predictions, predicted_tokens
 from nova_train.memory import attach_segments
 from nova_train.mesh import Mesh
@@ -295,6 +295,7 @@ def run(config: GRPOConfig) -> Path:
         mesh=mesh,
     )
     held_out = _prompts(config.eval_dataset_name, config, chat) if config.eval_dataset_name else []
+    mesh.require_same("eval_dataset_name: the held-out data", items_fingerprint(held_out))
     evaluated = partial(answers, temperature=config.eval_temperature)
     training = loop.Training(
         config=config,
@@ -382,12 +383,8 @@ def _ptx_source(config: GRPOConfig, chat: Chat, mesh: Mesh) -> tuple[PackedLoade
     if config.ptx_reference_cache is not None:
         cache = open_cache(config.ptx_reference_cache, cache_header(samples, config, chat.tokenizer))
         samples = with_cache_rows(samples, cache)
-        log.info(
-            "ptx_reference_cache: %d rows of %d samples, values in %s",
-            len(cache),
-            len(samples),
-            cache.header.dtype,
-        )
+        read = (len(cache), len(samples), cache.header.dtype)
+        log.info("ptx_reference_cache: %d rows of %d samples, values in %s", *read)
     loader = PackedLoader(
         samples,
         capacity=config.max_length,

@@ -27,7 +27,7 @@ from nova_train import loop
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import read_rows
-from nova_train.loader import ShuffledLoader
+from nova_train.loader import ShuffledLoader, items_fingerprint
 from nova_train.losses import bradley_terry, next_token_targets, score_error
 from nova_train.memory import attach_segments
 from nova_train.mesh import Mesh, Repeat
@@ -189,6 +189,7 @@ def run(config: RewardConfig) -> Path:
     pairs = _read_pairs(config.dataset_name, chat, config)
     scales = score_scales(pairs)
     held_out = _read_pairs(config.eval_dataset_name, chat, config) if config.eval_dataset_name else []
+    start.mesh.require_same("eval_dataset_name: the held-out data", items_fingerprint(held_out))
     model = load_reward_model(start.model_path(source), config, mesh=start.mesh)
     give_own_pad_token(model, tokenizer, chat.end_of_turn_id)
     distribute(model, config, start.mesh)

@@ -21,7 +21,7 @@ from nova_train import loop
 from nova_train.chat import Chat
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.datasets import Row, read_rows
-from nova_train.loader import PackedLoader
+from nova_train.loader import PackedLoader, samples_fingerprint
 from nova_train.losses import predicted_tokens
 from nova_train.memory import attach_segments
 from nova_train.mesh import Mesh, Repeat
@@ -107,6 +107,7 @@ def run(config: SFTConfig, *, make_samples: MakeSamples | None = None, stage: st
     plan = attach_segments(model, config)
     objective = NextToken(model, {"sft": 1.0})
     held_out = samples_of(config.eval_dataset_name) if config.eval_dataset_name else []
+    start.mesh.require_same("eval_dataset_name: the held-out data", samples_fingerprint(held_out))
     loop.train(
         loop.Training(
             config=config,
