@@ -74,6 +74,8 @@ COMMANDS = {
     "interrupted": ["SIGNALLED=2", "ON=1", *ON_ALL, "--output_dir", "interrupted"],
     "terminated": ["SIGNALLED=15", "ON=0 1", *ON_ALL, "--output_dir", "terminated"],
     "continued": [*ON_ALL, "--output_dir", "interrupted"],
+}
+PIPELINE = {
     "pipeline": ["pipeline", "pipeline.yaml"],
     "pipeline-again": ["pipeline", "pipeline.yaml"],
 }
@@ -116,9 +118,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / str(rank)).mkdir()
         (folder / str(rank) / "model").symlink_to(folder / "model")
         tiny.sft_file(folder / str(rank) / "rows.jsonl", 20 + rank)
-    recipe = small_quickstart(folder / "pipeline")
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(recipe))
     on_two_ranks(COMMANDS, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline has run here on two ranks, twice."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(small_quickstart(folder / "pipeline")))
+    on_two_ranks(PIPELINE, folder)
     return folder
 
 
@@ -197,8 +206,9 @@ def test_an_interrupted_run_continues(folder: Path) -> None:
     assert [line["step"] for line in read_metrics(folder / "interrupted")] == [1, 2, 3]
 
 
-def test_the_pipeline_runs_to_the_report_as_on_one_rank(folder: Path) -> None:
-    said = Said(folder, "pipeline")
+@pytest.mark.slow
+def test_the_pipeline_runs_to_the_report_as_on_one_rank(pipeline: Path) -> None:
+    folder, said = pipeline, Said(pipeline, "pipeline")
     assert said.codes == ("0", "0"), said.texts("err")[0]
     assert said.texts("out")[0].count("report: ") == 1
     assert "[11/11] eval: done in" in said.texts("err")[0]
@@ -215,8 +225,9 @@ def test_the_pipeline_runs_to_the_report_as_on_one_rank(folder: Path) -> None:
             assert line == pytest.approx(wanted, rel=1e-6, abs=1e-9), stage
 
 
-def test_a_finished_pipeline_is_skipped_on_all_ranks(folder: Path) -> None:
-    said = Said(folder, "pipeline-again")
+@pytest.mark.slow
+def test_a_finished_pipeline_is_skipped_on_all_ranks(pipeline: Path) -> None:
+    said = Said(pipeline, "pipeline-again")
     assert said.codes == ("0", "0")
     assert said.texts("err")[0].count("done before, skipped") == 11
 
