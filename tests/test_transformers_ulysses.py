@@ -16,6 +16,9 @@ from transformers_ulysses_jobs import CONFIGS, GROUPS, WAYS, WORLD, make_batch, 
 truth = lru_cache(one_process)
 
 
+pytestmark = pytest.mark.slow  # several models on several ranks; test_ranks.py has one of them in every run
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
