@@ -60,3 +60,8 @@ def _same_start() -> Iterator[None]:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on several ranks come first: started once, in one worker, and not in all of them at once."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "on_ranks"))

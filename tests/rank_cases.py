@@ -1,19 +1,15 @@
-"""Runs of the stages on several gloo processes of this machine, for tests; every process calls the same function."""
+"""Runs of the stages that are the same on any number of ranks, for tests."""
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.multiprocessing
 
-from nova_train import mesh
+import tiny
 from nova_train.rollout import Completion
 from nova_train.samples import Prompt
 from nova_train.stages import grpo, reward, sft
@@ -38,22 +34,20 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def on_ranks(count: int, function: Callable[..., None], *args: Any) -> None:
-    """Run the function in `count` connected processes; fails if one of them does."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    torch.multiprocessing.spawn(_entered, (count, port, function, args), nprocs=count)
+REWARDS = """
+def ids(prompts, completions, completion_ids, **columns):
+    return [float(sum(ids) % 17) for ids in completion_ids]
+"""
 
 
-def _entered(rank: int, count: int, port: int, function: Callable[..., None], args: Sequence[Any]) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    sys.path.insert(0, str(Path(__file__).parent))
-    torch.set_num_threads(1)
-    function(*args)
-    mesh.leave()
+def save_inputs(folder: Path) -> Path:
+    """What the stages start from: a model in float64, rows, a reward function."""
+    tiny.save_model(folder / "model", dtype="float64")
+    tiny.sft_file(folder / "sft.jsonl")
+    tiny.pair_file(folder / "pairs.jsonl")
+    tiny.prompt_file(folder / "prompts.jsonl")
+    (folder / "rewards.py").write_text(REWARDS)
+    return folder
 
 
 def run_stage(stage: str, folder: Path, output_dir: Path, **options: Any) -> Path:

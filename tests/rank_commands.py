@@ -20,7 +20,7 @@ from nova_train import loop, mesh
 from nova_train.__main__ import main
 from nova_train.config import ConfigError, TrainConfig
 from nova_train.stages import kinds
-from rank_cases import on_ranks
+from processes import on_ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,6 @@ def run_commands(commands: Mapping[str, list[str]], ports: list[int], folder: Pa
 
     loop.train_step = signalled
     mesh.WAIT_SECONDS = 1.0
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     for (name, words), port in zip(commands.items(), ports, strict=True):
         words = [word.format(rank=rank, folder=folder) for word in words]
         variables = dict(word.split("=") for word in itertools.takewhile(lambda word: "=" in word, words))

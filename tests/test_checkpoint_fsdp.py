@@ -7,17 +7,14 @@ once more, and beside the last layer, whose backward waits, one at a time is uns
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from nova_kernels.checkpoint import FSDP, Chain, LayerCost, SegmentPlan, checkpoint_segments
 from nova_kernels.checkpoint.cost import Action
+from processes import on_ranks
 
 WIDTH, COUNT, ROWS = 10, 7, 3
 
@@ -183,29 +181,16 @@ def run(case: Case, model: nn.Module, layers: nn.ModuleList, rank: int) -> dict[
     return {"gradients": gradients, **{key: getattr(counts, key) for key in ("gathers", "unsharded", "gathered")}}
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def on_rank() -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found: dict[str, Any] = {name: run(case, *make_stack(), rank) for name, case in CASES.items()}
-    found |= {f"llama {name}": run(case, *make_llama(), rank) for name, case in LLAMA.items()}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return found | {f"llama {name}": run(case, *make_llama(), rank) for name, case in LLAMA.items()}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = mp.spawn(work, (port, str(folder)), nprocs=2, join=False)
-    try:
-        if not processes.join(timeout=60):
-            processes.join(timeout=60)
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(2, on_rank)
 
 
 def one_process(model: nn.Module) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from nova_train.stages.reward import RewardConfig
 from nova_train.stages.sft import SFTConfig
 from nova_train.world.model import ModelSize, untrained_model
 from nova_train.world.tokenizer import build_tokenizer
-from rank_cases import on_ranks
+from processes import on_ranks
 from scale_ranks import occupied
 
 ROOT = Path(__file__).parent.parent

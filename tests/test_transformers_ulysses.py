@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
 
-from transformers_ulysses_jobs import CONFIGS, GROUPS, WAYS, WORLD, make_batch, make_model, one_process, run_ranks
+from processes import on_ranks
+from transformers_ulysses_jobs import CONFIGS, GROUPS, WAYS, WORLD, make_batch, make_model, on_every_rank, one_process
 
 truth = lru_cache(one_process)
 
@@ -20,17 +19,8 @@ pytestmark = pytest.mark.slow  # several models on several ranks; test_ranks.py 
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.spawn(run_ranks, (str(folder),), nprocs=WORLD, join=False)
-    try:
-        deadline = time.monotonic() + 150
-        while not processes.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(WORLD, on_every_rank)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

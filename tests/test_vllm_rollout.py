@@ -27,7 +27,7 @@ from nova_train.model import load_causal_lm
 from nova_train.rollout import Completion, generate
 from nova_train.stages import grpo
 from nova_train.vllm_rollout import Engine, checkpoint_layout, checkpoint_weights
-from rank_cases import on_ranks
+from processes import on_ranks
 
 REWARDS = """
 def ids(prompts, completions, completion_ids, **columns):

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from nova_kernels import (
@@ -22,6 +19,7 @@ from nova_kernels import (
     topk_select,
 )
 from nova_kernels.lm_head import parallel
+from processes import on_ranks
 
 ROWS, WIDTH, VOCABULARY, SPLIT, K = 13, 7, 41, 17, 20  # K is more than the first rank has
 TARGETS = torch.arange(ROWS) * 3 % 16
@@ -117,26 +115,18 @@ def cases() -> list[tuple[str, str, str]]:
     ]
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    part = slice(0, SPLIT) if rank == 0 else slice(SPLIT, VOCABULARY)
+def on_rank() -> dict:
+    dist.init_process_group("gloo")
+    part = slice(0, SPLIT) if dist.get_rank() == 0 else slice(SPLIT, VOCABULARY)
     group = dist.group.WORLD
     assert group is not None
     found = {case: results(part, group, HEADS[case[0]], *case[1:]) for case in cases()}
-    saved = {"results": found, "selections": selections(part, group), "refusals": refusals(part, group)}
-    torch.save(saved, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"results": found, "selections": selections(part, group), "refusals": refusals(part, group)}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def ranks() -> list[dict]:
+    return on_ranks(2, on_rank)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

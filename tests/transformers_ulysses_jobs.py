@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,7 +83,7 @@ def one_process(name: str) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "logits": torch.cat(logits), **gradients(model)}
 
 
-def on_ranks(name: str, group: dist.ProcessGroup, way: str = "plain") -> dict[str, Tensor]:
+def shared(name: str, group: dist.ProcessGroup, way: str = "plain") -> dict[str, Tensor]:
     """The same on this rank's tokens; loss and gradients summed over the ranks, logits put together."""
     model, batch = make_model(name), make_batch()
     shards = SequenceShards(TokenPlan.build(batch.num_tokens, dist.get_world_size(group)), dist.get_rank(group))
@@ -170,27 +167,18 @@ def refusals(group: dist.ProcessGroup, two: Any) -> dict[str, str]:
     return said
 
 
-@contextmanager
-def _joined(rank: int, folder: str) -> Iterator[dict[tuple[int, ...], Any]]:
-    torch.set_num_threads(1)
-    store, limit = dist.FileStore(f"{folder}/store", WORLD), timedelta(seconds=60)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
-    yield {ranks: dist.new_group(ranks, limit) for ranks in GROUPS}
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_ranks(rank: int, folder: str) -> None:
-    """One process: its part of everything; the results go to a file."""
-    with _joined(rank, folder) as groups:
-        found: dict[str, Any] = {}
-        for ranks, group in groups.items():
-            if rank not in ranks:
-                continue
-            for name in CONFIGS:
-                for way in WAYS if name == "llama" else WAYS[:1]:
-                    found[f"{name} {way} {len(ranks)}"] = on_ranks(name, group, way)
-                found[f"cut {name} {len(ranks)}"] = cut_at_shards(name, group)
-        found["suspended"] = suspended(groups[GROUPS[1]])
-        found["refusals"] = refusals(groups[GROUPS[1]], groups[GROUPS[0]])
-        torch.save(found, Path(folder) / f"{rank}.pt")
+def on_every_rank() -> dict[str, Any]:
+    """One process: its part of everything."""
+    dist.init_process_group("gloo")
+    groups = {ranks: dist.new_group(ranks) for ranks in GROUPS}
+    found: dict[str, Any] = {}
+    for ranks, group in groups.items():
+        if dist.get_rank() not in ranks:
+            continue
+        for name in CONFIGS:
+            for way in WAYS if name == "llama" else WAYS[:1]:
+                found[f"{name} {way} {len(ranks)}"] = shared(name, group, way)
+            found[f"cut {name} {len(ranks)}"] = cut_at_shards(name, group)
+    found["suspended"] = suspended(groups[GROUPS[1]])
+    found["refusals"] = refusals(groups[GROUPS[1]], groups[GROUPS[0]])
+    return found
