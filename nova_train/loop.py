@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from nova_train import state
 from nova_train.config import TrainConfig, fingerprint, identity
 from nova_train.memory import MemoryMeter, MemoryPlan
-from nova_train.mesh import Mesh, Repeat, join
+from nova_train.mesh import Mesh, Repeat, counted, join
 from nova_train.metrics import MetricsLog, Window
 from nova_train.model import pick_device
 from nova_train.optim import Optimizers, learning_rate_factor
@@ -50,10 +50,11 @@ Produced = TypeVar("Produced", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    """What one micro-batch contributes: `sums` with gradient, `metrics` as (sum, count) without."""
+    """What one micro-batch contributes: `sums` with gradient; without, `metrics` as (sum, count), and `maxima`."""
 
     sums: Mapping[str, Tensor]
     metrics: Mapping[str, tuple[Tensor | float, float]] = field(default_factory=dict)
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Objective(Protocol[Consumed]):
@@ -263,7 +264,7 @@ def train(run: Training[Any]) -> None:
             seconds = time.perf_counter() - started
             if run.step % config.logging_steps == 0 or run.step == run.total_steps:
                 window = Window.merged(run.mesh.gather(run.window.take()))
-                metrics.write(run.step, {**window.means(), "num_tokens": run.tokens})
+                metrics.write(run.step, {**window.figures(), "num_tokens": run.tokens})
                 speed = {"step_time": seconds, "tokens_per_second": tokens / seconds}
                 metrics.write_timing(run.step, {**speed, **run.meter.figures()})
             last = run.step == run.total_steps
@@ -331,18 +332,16 @@ def accumulate_gradients(
     """
     mesh = mesh or Mesh()
     counts = dict.fromkeys(objective.weights, 0.0) | {_TOKENS: 0.0}
-    for batch in batches:
-        if not isinstance(batch, Repeat):
+    for batch, counts_here in map(counted, batches):
+        if counts_here:
             counts[_TOKENS] += batch.num_tokens
             for name, count in objective.counts(batch).items():
                 counts[name] += count
     counts = mesh.total(counts)
     tokens = int(counts.pop(_TOKENS))
-    for batch in batches:
-        counted = not isinstance(batch, Repeat)
-        batch = batch if counted else batch.item
+    for batch, counts_here in map(counted, batches):
         with around(batch.num_tokens):
-            _backward(objective, batch, counts, window, model, factor=float(counted))
+            _backward(objective, batch, counts, window, model, factor=float(counts_here))
     if mesh.is_main:
         window.add("loss", 0.0, 1)
         for name, count in counts.items():
@@ -360,11 +359,11 @@ def _backward(
 ) -> None:
     """Forward and backward of one micro-batch, its gradient times a factor; nothing of its graph is left afterwards."""
 
-    def compute() -> tuple[Mapping[str, Tensor], Mapping[str, tuple[Tensor | float, float]]]:
+    def compute() -> tuple[Mapping[str, Tensor], Mapping[str, tuple[Tensor | float, float]], Mapping[str, Tensor]]:
         terms = objective.terms(batch)
-        return terms.sums, terms.metrics
+        return terms.sums, terms.metrics, terms.maxima
 
-    sums, metrics = compute() if model is None else with_weights(model, compute)
+    sums, metrics, maxima = compute() if model is None else with_weights(model, compute)
     parts = {
         name: objective.weights[name] * total / counts[name]
         for name, total in sums.items()
@@ -382,3 +381,5 @@ def _backward(
         window.add(f"loss/{name}", sums[name], 0)
     for name, (value, count) in metrics.items():
         window.add(name, value, count)
+    for name, value in maxima.items():
+        window.add_maximum(name, value)

@@ -50,6 +50,11 @@ def mapped(function: Callable[[ItemT], ResultT], item: ItemT | Repeat[ItemT]) ->
     return Repeat(function(item.item)) if isinstance(item, Repeat) else function(item)
 
 
+def counted(item: ItemT | Repeat[ItemT]) -> tuple[ItemT, bool]:
+    """The item to run, and whether it counts here."""
+    return (item.item, False) if isinstance(item, Repeat) else (item, True)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mesh:
     """This process among the ranks of a run."""

@@ -20,7 +20,7 @@ TRACKERS = ("wandb", "tensorboard", "trackio")
 
 
 class Window:
-    """Weighted means over the steps since the last log line: each metric is a running (sum, count)."""
+    """Figures of the steps since the last log line: a mean is a running (sum, count), a maximum a (value, None)."""
 
     def __init__(self) -> None:
         self._totals: dict[str, list[Any]] = {}
@@ -32,31 +32,44 @@ class Window:
         entry[0] = entry[0] + value
         entry[1] += float(count)
 
-    def means(self) -> dict[str, float]:
-        """The mean of each metric, in the order of first use; the window is emptied."""
-        means = {name: float(total) / count for name, (total, count) in self._totals.items() if count > 0}
-        self._totals = {}
-        return means
+    def add_maximum(self, name: str, value: torch.Tensor | float) -> None:
+        """Keep the largest value; it is logged as it is, and does not depend on how a batch is cut."""
+        value = torch.as_tensor(value).detach().double()
+        entry = self._totals.setdefault(name, [value, None])
+        entry[0] = torch.maximum(torch.as_tensor(entry[0]).to(value), value)
 
-    def take(self) -> dict[str, list[float]]:
-        """The sums and counts so far; the window is emptied."""
+    def figures(self) -> dict[str, float]:
+        """Each metric's mean or maximum, in the order of first use; the window is emptied."""
+        figures = {
+            name: float(total) if count is None else float(total) / count
+            for name, (total, count) in self._totals.items()
+            if count is None or count > 0
+        }
+        self._totals = {}
+        return figures
+
+    def take(self) -> dict[str, list[Any]]:
+        """What was added so far; the window is emptied."""
         taken = self.state_dict()
         self._totals = {}
         return taken
 
     @classmethod
-    def merged(cls, parts: Sequence[Mapping[str, Sequence[float]]]) -> Window:
+    def merged(cls, parts: Sequence[Mapping[str, Sequence[Any]]]) -> Window:
         """One window of what several ranks took."""
         window = cls()
         for part in parts:
-            for name, (total, count) in part.items():
-                window.add(name, total, count)
+            for name, (value, count) in part.items():
+                if count is None:
+                    window.add_maximum(name, value)
+                else:
+                    window.add(name, value, count)
         return window
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, list[Any]]:
         return {name: [float(total), count] for name, (total, count) in self._totals.items()}
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Sequence[Any]]) -> None:
         self._totals = {name: list(entry) for name, entry in state.items()}
 
 

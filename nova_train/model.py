@@ -7,6 +7,7 @@ The trainer never asks a model for logits: the losses take hidden states and the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from nova_train.sharding import shard
 log = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
+WEIGHTS_COMPARED = 64  # of each tensor, between ranks
 
 
 class Arithmetic(Protocol):
@@ -120,8 +122,14 @@ def load_reward_model(
 
 
 def distribute(model: PreTrainedModel, config: Arithmetic, mesh: Mesh) -> PreTrainedModel:
-    """Shard a loaded model over the ranks and place it on their devices; the same model. Nothing on one rank."""
+    """Shard a loaded model over the ranks and place it on their devices; the same model. Nothing on one rank.
+
+    Raises:
+        ConfigError: the ranks have read different weights, which together would be a model of nobody.
+    """
     if mesh.size > 1:
+        if not hasattr(model, "_weights_at"):
+            mesh.require_same(f"the weights of {model.name_or_path or type(model).__name__}", _sample_of_weights(model))
         shard(model, mesh, bf16=config.bf16)
         model.to(pick_device(config.device))
         _read_weights(model)
@@ -269,6 +277,15 @@ def _without_weights(family: Any, path: str | Path, config: Arithmetic) -> PreTr
     model: PreTrainedModel = family.from_config(load_model_config(path), dtype=getattr(torch, config.dtype))
     model._weights_at = Path(path)
     return model
+
+
+def _sample_of_weights(model: PreTrainedModel) -> str:
+    """SHA-256 of every tensor's name, shape and some of its values: training changes nearly all of them."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // WEIGHTS_COMPARED)]
+        digest.update(f"{name} {list(tensor.shape)} {some.double().tolist()}\n".encode())
+    return digest.hexdigest()
 
 
 def _read_weights(model: PreTrainedModel) -> None:

@@ -9,15 +9,25 @@ import torch
 from nova_train.metrics import MetricsLog, Window, read_metrics
 
 
-def test_a_window_is_a_weighted_mean_and_survives_a_restart() -> None:
+def test_a_window_has_means_and_maxima_and_survives_a_restart() -> None:
     window, again = Window(), Window()
     window.add("loss", torch.tensor(6.0), 2)
+    window.add_maximum("ratio", torch.tensor(-2.0))
     again.load_state_dict(json.loads(json.dumps(window.state_dict())))
     for w in (window, again):
         w.add("loss", 3.0, 4)
         w.add("never", 1.0, 0)
-        assert w.means() == {"loss": 1.5}
-        assert w.means() == {}
+        w.add_maximum("ratio", -3.0)
+        assert w.figures() == {"loss": 1.5, "ratio": -2.0}
+        assert w.figures() == {}
+
+
+def test_windows_of_ranks_are_merged() -> None:
+    ranks = [Window(), Window(), Window()]
+    for number, window in enumerate(ranks[:2]):
+        window.add("loss", 2.0, number)
+        window.add_maximum("ratio", number / 2)
+    assert Window.merged([window.take() for window in ranks]).figures() == {"loss": 4.0, "ratio": 0.5}
 
 
 def test_lines_after_the_restored_step_are_cut_and_so_is_half_a_line(tmp_path: Path) -> None:

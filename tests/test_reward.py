@@ -108,7 +108,7 @@ def terms(folder: Path, pairs: list[Pair], alpha: float = 0.7) -> tuple[float, d
     objective = reward.PairwiseAndAbsolute(model, None, {"bt": 1.0, "score": alpha, "lm": 0.0})
     window = Window()
     accumulate_gradients(objective, [reward.collate_pairs(pairs, {})], window)
-    return window.means()["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return window.figures()["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_the_loss_is_equation_one(folder: Path) -> None:

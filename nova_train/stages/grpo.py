@@ -229,13 +229,13 @@ class PolicyObjective:
             "entropy": (out.entropy.sum(), n),
             "clip_ratio/low_mean": (policy.clipped_low.double().sum(), n),
             "clip_ratio/high_mean": (policy.clipped_high.double().sum(), n),
-            "ratio/max_deviation": ((policy.ratio - 1).abs().max() if n else 0.0, 1.0),
             **batch.metrics,
         }
         if ref is not None and out.policy_mass is not None:
             watched = {"kl": kl.detach(), "policy_mass": out.policy_mass.detach(), "ref_mass": ref_mass(ref)}
             metrics = {**{name: (values.sum(), n) for name, values in watched.items()}, **metrics}
-        return loop.LossTerms(sums=sums, metrics=metrics)
+        maxima = {"ratio/max_deviation": (policy.ratio - 1).abs().max()} if n else {}
+        return loop.LossTerms(sums=sums, metrics=metrics, maxima=maxima)
 
 
 def _of_row(values: Tensor, own: slice, batch: RolloutBatch, mesh: Mesh) -> Tensor:

@@ -30,7 +30,7 @@ from nova_train.datasets import read_rows
 from nova_train.loader import ShuffledLoader, items_fingerprint
 from nova_train.losses import bradley_terry, next_token_targets, score_error
 from nova_train.memory import attach_segments
-from nova_train.mesh import Mesh, Repeat
+from nova_train.mesh import Mesh, counted
 from nova_train.model import (
     Head,
     check_head,
@@ -242,13 +242,11 @@ def evaluate_pairs(
     """Accuracy and mean margin over held-out pairs, `per_batch` at a time."""
     mesh = mesh or Mesh()
     correct = margin = 0.0
-    for first in mesh.share(range(0, len(pairs), per_batch)):
-        counted = not isinstance(first, Repeat)
-        first = first.item if isinstance(first, Repeat) else first
+    for first, counts in map(counted, mesh.share(range(0, len(pairs), per_batch))):
         batch = collate_pairs(pairs[first : first + per_batch], scales)
         metrics = with_weights(objective.model, lambda batch=batch: objective.terms(batch).metrics)
-        correct += float(metrics["accuracy"][0]) * counted
-        margin += float(metrics["margin"][0]) * counted
+        correct += float(metrics["accuracy"][0]) * counts
+        margin += float(metrics["margin"][0]) * counts
     correct, margin = (sum(values) for values in zip(*mesh.gather((correct, margin)), strict=True))
     return {"eval_accuracy": correct / len(pairs), "eval_margin": margin / len(pairs)}
 

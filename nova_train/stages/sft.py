@@ -24,7 +24,7 @@ from nova_train.datasets import Row, read_rows
 from nova_train.loader import PackedLoader, samples_fingerprint
 from nova_train.losses import predicted_tokens
 from nova_train.memory import attach_segments
-from nova_train.mesh import Mesh, Repeat
+from nova_train.mesh import Mesh, counted
 from nova_train.model import (
     check_head,
     distribute,
@@ -152,9 +152,7 @@ def mean_loss(objective: NextToken, samples: Sequence[Sample], config: TrainConf
     )
     total = count = 0.0
     for _ in range(len(packs)):
-        for batch in packs.next_step():
-            counts = not isinstance(batch, Repeat)
-            batch = batch.item if isinstance(batch, Repeat) else batch
+        for batch, counts in map(counted, packs.next_step()):
             sums = with_weights(objective.model, lambda batch=batch: objective.terms(batch).sums)
             total += float(sums["sft"]) * counts
             count += objective.counts(batch)["sft"] * counts
