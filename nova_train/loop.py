@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from nova_train import state
 from nova_train.config import TrainConfig, fingerprint, identity
 from nova_train.memory import MemoryMeter, MemoryPlan
-from nova_train.mesh import Mesh, Repeat, counted, join
+from nova_train.mesh import Mesh, Repeat, counted, cpu_threads, join
 from nova_train.metrics import MetricsLog, Window
 from nova_train.model import pick_device
 from nova_train.optim import Optimizers, learning_rate_factor
@@ -133,7 +133,7 @@ def begin(config: TrainConfig, stage: str) -> Start:
             "them only wait; lower it, or raise global_batch_size or sequence_parallel_size",
             stage, config.step_size(mesh.dp), mesh.dp, config.per_device_train_batch_size,
         )  # fmt: skip
-    torch.set_num_threads(config.num_threads)
+    torch.set_num_threads(cpu_threads(config.num_threads))
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)

@@ -250,6 +250,17 @@ def _attempt() -> str:
     return f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}"
 
 
+def cpu_threads(wanted: int) -> int:
+    """Threads that this process takes: of several ranks on a machine, each takes no more than its part of the CPUs."""
+    ranks = _local_ranks()
+    return wanted if ranks == 1 else max(1, min(wanted, usable_cpus() // ranks))
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def leave() -> None:
     """Take leave of the others, at the end of a process."""
     global _connection
@@ -293,10 +304,13 @@ def _heard(store: Any, key: str) -> str | None:
     return str(store.get(key).decode())
 
 
+def _local_ranks() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def _missing_gpus() -> int:
     """How many more GPUs than there are the ranks of this machine need."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, ranks - torch.cuda.device_count())
+    return max(0, _local_ranks() - torch.cuda.device_count())
 
 
 def _take_gpu() -> None:

@@ -50,6 +50,16 @@ def test_gpus_need_nccl_and_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [1]
 
 
+def test_ranks_share_the_cpus_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mesh, "usable_cpus", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert mesh.cpu_threads(16) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert [mesh.cpu_threads(wanted) for wanted in (1, 2, 16)] == [1, 2, 2]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert mesh.cpu_threads(4) == 1
+
+
 def test_every_rank_gets_equally_many_items_and_each_item_counts_once() -> None:
     shares = [Mesh(dp=3, rank=rank).share("abcde") for rank in range(3)]
     assert shares == [["a", "d"], ["b", "e"], ["c", Repeat("a")]]

@@ -9,6 +9,7 @@ import platform
 import torch
 
 from nova_kernels.backend import ENVIRONMENT_VARIABLE
+from nova_train.mesh import usable_cpus
 
 _REQUIRED = ("torch", "numpy", "safetensors", "transformers", "tokenizers", "PyYAML", "tyro", "rich", "Jinja2")
 _OPTIONAL = ("triton", "flash-attn", "vllm", "datasets", "pyarrow", "matplotlib", "wandb", "tensorboard", "trackio")
@@ -20,7 +21,7 @@ def environment_report() -> str:
         ("nova-kernels", _version("nova-kernels")),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in (*_REQUIRED, *_OPTIONAL)),
-        ("cpu", f"{_usable_cpus()} usable; torch alone would take {torch.get_num_threads()} threads"),
+        ("cpu", f"{usable_cpus()} usable; torch alone would take {torch.get_num_threads()} threads"),
         *_devices(),
         *((name, os.environ.get(name, "not set")) for name in (ENVIRONMENT_VARIABLE, "OMP_NUM_THREADS")),
     ]
@@ -33,12 +34,6 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _devices() -> list[tuple[str, str]]:
