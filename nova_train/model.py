@@ -38,6 +38,17 @@ log = logging.getLogger(__name__)
 
 PAD_TOKEN = "<|pad|>"
 WEIGHTS_COMPARED = 64  # of each tensor, between ranks
+# What transformers raises on a config.json with values of wrong types or sizes.
+MALFORMED = (
+    StrictDataclassError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Arithmetic(Protocol):
@@ -254,9 +265,21 @@ def load_model_config(path: str | Path) -> Any:
     """A model's configuration without its weights.
 
     Raises:
-        ConfigError: nothing of this name here or on the Hub.
+        ConfigError: nothing of this name here or on the Hub, or a malformed one.
     """
-    return _from_pretrained(AutoConfig, path)
+    try:
+        return _from_pretrained(AutoConfig, path)
+    except ConfigError:
+        raise
+    except MALFORMED as error:
+        raise ConfigError(f"model {path}: {one_line(error)}; correct its config.json") from error
+
+
+def one_line(error: Exception) -> str:
+    """The first two lines joined: a strict configuration has the field in one and the reason in the next."""
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(" .")
+    says_all = isinstance(error, (StrictDataclassError, ValueError, RuntimeError))
+    return text if says_all else f"{type(error).__name__}: {text}"
 
 
 def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **options: Any) -> Any:
@@ -268,8 +291,7 @@ def _from_pretrained(cls: Any, path: str | Path, *, dtype: str | None = None, **
         reason = "it has no model that opens" if Path(path).exists() else "no such folder here, and not on the Hub"
         raise ConfigError(f"model {path}: {reason} ({str(error).splitlines()[0]})") from error
     except StrictDataclassError as error:
-        field = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(" .")
-        raise ConfigError(f"model {path}: {field}; correct its config.json") from error
+        raise ConfigError(f"model {path}: {one_line(error)}; correct its config.json") from error
 
 
 def _without_weights(family: Any, path: str | Path, config: Arithmetic) -> PreTrainedModel:

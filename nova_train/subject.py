@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,21 +20,10 @@ from nova_kernels.checkpoint import Chain, profile_layers
 from nova_kernels.integrations.transformers import use_varlen_attention
 from nova_train.config import ConfigError, unknown_name
 from nova_train.fleet import MODEL_SHAPES, Kernels, ModelShape, chain_of
-from nova_train.model import load_model_config
+from nova_train.model import MALFORMED, load_model_config, one_line
 
 Counting = Literal["eager", "fused", "measured"]
 PROFILED_TOKENS = 64
-# What transformers raises on a config.json with values of wrong types or sizes.
-_MALFORMED = (
-    StrictDataclassError,
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,12 +85,7 @@ def _configuration(model: str) -> Any:
     if not Path(model).exists() and "/" not in model:
         unknown = unknown_name("model", model, list(MODEL_SHAPES))
         raise ConfigError(f"{unknown} A folder, a config.json or owner/name will do as well")
-    try:
-        settings = load_model_config(model)
-    except ConfigError:
-        raise
-    except _MALFORMED as error:
-        raise ConfigError(f"model {model}: {_one_line(error)}; correct its config.json") from error
+    settings = load_model_config(model)
     if settings.is_encoder_decoder or settings.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"model {model}: {settings.model_type!r} is no decoder-only (causal) language model; only those can be "
@@ -116,10 +99,8 @@ def _measured(name: str, settings: Any, tokens: int, logit_bytes: float) -> Subj
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
-    except _MALFORMED as error:
-        raise ConfigError(
-            f"model {name}: no model can be built: {_one_line(error)}; correct its config.json"
-        ) from error
+    except MALFORMED as error:
+        raise ConfigError(f"model {name}: no model can be built: {one_line(error)}; correct its config.json") from error
     boundaries = torch.tensor([0, PROFILED_TOKENS], dtype=torch.int32)
     sample = {
         "input_ids": torch.zeros(1, PROFILED_TOKENS, dtype=torch.int64, device="meta"),
@@ -139,16 +120,9 @@ def _measured(name: str, settings: Any, tokens: int, logit_bytes: float) -> Subj
     except RuntimeError as error:
         raise ConfigError(
             f"model {name}, kernels: measured: its layers do not run on the meta device, which has no data "
-            f"({_one_line(error)}); give a model of a family with a formula, with kernels: eager or fused, or measure "
+            f"({one_line(error)}); give a model of a family with a formula, with kernels: eager or fused, or measure "
             "this one with profile_layers on a real device"
         ) from error
     loss = round(tokens * settings.get_text_config().vocab_size * logit_bytes)
     parameters = sum(weight.numel() for weight in model.parameters())
     return Subject(name=name, parameters=parameters, chain=replace(chain, loss=loss, after_loss=0))
-
-
-def _one_line(error: Exception) -> str:
-    """The first two lines joined: a strict configuration has the field in one and the reason in the next."""
-    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:2]).rstrip(" .")
-    says_all = isinstance(error, (StrictDataclassError, ValueError, RuntimeError))
-    return text if says_all else f"{type(error).__name__}: {text}"
