@@ -3,8 +3,9 @@
 nova_kernels       one buffer for q, k, v, rotated while it is filled; the output is unpacked by one kernel
 three permutes     what is written without a kernel, as DeepSpeed's and its successors' users have it: q, k, v on their
                    own, each permuted to [P, t, H / P, D] and made contiguous, exchanged in three all-to-alls; key heads
-                   repeated before that where there are fewer than ranks; the output permuted back; rotations before
-                   all that, as Hugging Face models do. Heads have to divide by ranks or ranks by key heads
+                   repeated before that where there are fewer than ranks; the output permuted back and contiguous, as
+                   the projection after it reads it; rotations before all that, as Hugging Face models do. Heads have
+                   to divide by ranks or ranks by key heads
 
 In place of attention is one that takes no time: its output and its gradients are made beforehand, and laid out as those
 of real attention are. Whatever has to be moved is, forward and backward, and nothing else is done.
@@ -24,7 +25,7 @@ from torch import Tensor
 from benchmarks import lm_inputs
 from benchmarks.ways import Way
 from nova_kernels.ulysses import HeadBlock, HeadPlan, TokenPlan, gather_heads, pack, scatter_heads
-from nova_kernels.ulysses.collective import twin
+from nova_kernels.ulysses.collective import packing
 
 # Made once, as for a model.
 head_plan = lru_cache(HeadPlan.build)
@@ -230,7 +231,7 @@ class HeadWay(Way):
 
 
 def our_pack(q: Tensor, k: Tensor, v: Tensor, given: Shard, problem: Problem, module: Any = None) -> list[Tensor]:
-    return [(module or twin(q)).pack_heads(q, k, v, problem.blocks, **given.angles(problem))]
+    return [(module or packing(q.device)).pack_heads(q, k, v, problem.blocks, **given.angles(problem))]
 
 
 def our_arrived(received: list[Tensor], problem: Problem) -> list[Tensor]:
@@ -242,16 +243,16 @@ def our_arrived(received: list[Tensor], problem: Problem) -> list[Tensor]:
 def our_unpack(out: Tensor, given: Shard, problem: Problem, module: Any = None) -> Tensor:
     blocks = blocks_of(problem.plan, keys=False)
     sizes = {"num_tokens": problem.held, "num_heads": problem.heads, "num_kv_heads": 0, "head_dim": problem.width}
-    found: Tensor = (module or twin(out)).unpack_heads(out.view(-1), blocks, **sizes)[0]
+    found: Tensor = (module or packing(out.device)).unpack_heads(out.view(-1), blocks, **sizes)[0]
     return found
 
 
 def our_gradients(found: list[Tensor], given: Shard, problem: Problem, module: Any = None) -> list[Tensor]:
-    """Joined before they leave, as collective.py does, and unpacked, as if they were back."""
-    buffer = torch.cat(found, dim=1).view(-1)
+    """Joined before they leave, and unpacked, as if they were back."""
+    buffer = pack.join_heads(found, problem.token_plan.sizes)
     sizes = {"num_tokens": problem.held, "num_heads": problem.heads, "num_kv_heads": problem.kv_heads}
     options = {**sizes, "head_dim": problem.width, **given.angles(problem)}
-    return list((module or twin(buffer)).unpack_heads(buffer, problem.blocks, **options))
+    return list((module or packing(buffer.device)).unpack_heads(buffer, problem.blocks, **options))
 
 
 def our_layer(
@@ -309,7 +310,7 @@ def permutes_arrived(received: list[Tensor], problem: Problem) -> list[Tensor]:
 
 
 def permutes_unpack(out: Tensor, given: Shard, problem: Problem) -> Tensor:
-    return from_ranks(by_rank(out, problem))
+    return from_ranks(by_rank(out, problem)).contiguous()
 
 
 def permutes_gradients(found: list[Tensor], given: Shard, problem: Problem) -> list[Tensor]:
@@ -332,7 +333,7 @@ def permutes_layer(
 ) -> Tensor:
     received = [Exchange.apply(blocks, group) for blocks in permutes_pack(q, k, v, given, problem)]
     out = NoAttention.apply(*permutes_arrived(received, problem), given, seen)
-    return from_ranks(Exchange.apply(by_rank(out, problem), group))
+    return from_ranks(Exchange.apply(by_rank(out, problem), group)).contiguous()
 
 
 OURS = HeadWay(

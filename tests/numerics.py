@@ -64,3 +64,10 @@ def _plain(operator: Any) -> Any:
         backward = staticmethod(operator._backward_fn)
 
     return Plain.apply
+
+
+def distance(found: Tensor, truth: Tensor) -> float:
+    """The largest difference, relative to the largest value; at least to 1."""
+    assert found.shape == truth.shape
+    size = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
+    return (found.double() - truth.double()).abs().max().item() / size if truth.numel() else 0.0

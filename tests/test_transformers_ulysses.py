@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from numerics import distance
 from processes import on_ranks
 from transformers_ulysses_jobs import CONFIGS, GROUPS, WAYS, WORLD, make_batch, make_model, on_every_rank, one_process
 
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.slow  # several models on several ranks; test_ranks.py 
 @pytest.fixture(scope="module")
 def ranks() -> list[dict[str, Any]]:
     return on_ranks(WORLD, on_every_rank)
-
-
-def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest value; at least to 1."""
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("members", GROUPS, ids=len)

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nova_kernels import BackendUnavailableError
 from nova_kernels.ulysses import HeadBlock, HeadPlan, TokenPlan, allgather_kv_bytes, comm_bytes, pack
+from nova_kernels.ulysses.collective import packing, schedule
 
 NAMED = [(28, 7, 8), (14, 2, 4), (7, 1, 4), (40, 8, 12), (64, 8, 16), (6, 3, 4), (8, 2, 4), (2, 1, 5), (1, 1, 3)]
 
@@ -153,10 +155,25 @@ def test_unpacking_is_the_adjoint_of_packing(numbers: tuple[int, int, int], rota
     packed = pack.pack_heads(*x, blocks, **angles)
     y = torch.randn_like(packed)
     counts = {"num_tokens": 5, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": 4}
-    back = pack.unpack_heads(y, blocks, **counts, **angles)
+    widths = [[block.heads, block.kv_heads, block.kv_heads] for block in blocks]
+    rows = y.split([5 * 4 * sum(width) for width in widths])
+    joined = [part for row, width in zip(rows, widths, strict=True) for part in row.view(5, -1, 4).split(width, dim=1)]
+    back = pack.unpack_heads(torch.cat([part.flatten() for part in joined]), blocks, **counts, **angles)
     there = (packed * y).sum()
     assert there.abs() > 1e-3
     torch.testing.assert_close(there, sum((a * b).sum() for a, b in zip(x, back, strict=True)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["contiguous", "heads first"])
+def test_what_goes_back_is_joined_by_rank(apart: bool) -> None:
+    """Of each rank all its tokens of the first tensor, then of the second; one alone is not copied."""
+    first, second = (torch.arange(float(5 * heads * 2)).view(5, heads, 2) for heads in (3, 1))
+    if apart:
+        first, second = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (first, second))
+    expected = [first[:2], second[:2], first[2:2], second[2:2], first[2:], second[2:]]
+    found = pack.join_heads([first, second], (2, 0, 3))
+    assert torch.equal(found, torch.cat([x.flatten() for x in expected]))
+    assert pack.join_heads([second], (2, 0, 3)).data_ptr() == second.data_ptr()
 
 
 def test_copies_are_rounded_once() -> None:
@@ -179,6 +196,38 @@ def test_rotation_is_a_product_of_complex_numbers(dtype: torch.dtype, tolerance:
     assert turned.dtype == dtype
     torch.testing.assert_close(turned.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(pack.rotate_back(turned, cos, sin), x, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+def test_rotations_have_a_gradient() -> None:
+    """On one rank autograd goes through them; a rotation back is what it finds."""
+    x, y, cos, sin = random(5, 2, 6).requires_grad_(), random(5, 2, 6), random(5, 6), random(5, 6)
+    (gradient,) = torch.autograd.grad(pack.rotate(x, cos, sin), x, y)
+    torch.testing.assert_close(gradient, pack.rotate_back(y, cos, sin), rtol=1e-14, atol=1e-14)
+
+
+def test_plans_are_worked_out_once() -> None:
+    """Layers of one model and steps of one size share them, however they were built."""
+    plans = [(HeadPlan(8, 2, bounds), TokenPlan(sizes)) for bounds, sizes in (((0, 3, 8), (2, 5)), ([0, 3, 8], [2, 5]))]
+    first, second = (schedule(*pair, 1, 16, keys=True) for pair in plans)
+    assert first is second and first.out == ((5 * 16 * 5, 5 * 16 * 9),) and first.into == ((2 * 16 * 9, 5 * 16 * 9),)
+    assert schedule(*plans[0], 1, 16, keys=False).out == ((5 * 16 * 3, 5 * 16 * 5),)
+    assert plans[0][0].split(2) is plans[1][0].split(2) and plans[0][0].runs(1, 2) is plans[1][0].runs(1, 2)
+
+
+def test_the_packing_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("NOVA_KERNELS_BACKEND", raising=False)
+    cpu = torch.device("cpu")
+    assert packing(cpu) is packing(cpu, "reference") is pack
+    with pytest.raises(
+        BackendUnavailableError, match="ulysses packing: backend 'triton' cannot run: .* packs anywhere"
+    ):
+        packing(cpu, "triton")
+    with pytest.raises(ValueError, match=r"ulysses packing: unknown backend 'cuda'; expected one of \['reference', "):
+        packing(cpu, "cuda")
+    monkeypatch.setenv("NOVA_KERNELS_BACKEND", "triton")
+    with pytest.raises(BackendUnavailableError, match="'reference' packs anywhere"):
+        packing(cpu)
 
 
 def test_refused() -> None:

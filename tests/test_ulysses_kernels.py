@@ -55,6 +55,14 @@ def sizes(tokens: int, width: int, heads: int, kv_heads: int) -> dict[str, int]:
     return {"num_tokens": tokens, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": width}
 
 
+def joined(packed: Tensor, tokens: int, width: int, blocks: list[HeadBlock]) -> Tensor:
+    """What pack_heads wrote, in the order that unpack_heads reads: q, k, v of each block one after the other."""
+    pieces = packed.split([tokens * width * block.width for block in blocks])
+    rows = [piece.view(tokens, block.width, width) for piece, block in zip(pieces, blocks, strict=True)]
+    counts = [[block.heads, block.kv_heads, block.kv_heads] for block in blocks]
+    return torch.cat([part.flatten() for row, many in zip(rows, counts, strict=True) for part in row.split(many, 1)])
+
+
 def random_buffer(tokens: int, width: int, blocks: list[HeadBlock], dtype: torch.dtype) -> Tensor:
     return torch.randn(tokens * width * sum(block.width for block in blocks)).to(dtype).to(DEVICE)
 
@@ -140,7 +148,7 @@ def adjoint_gap(run_pack: Callable[..., Tensor], run_unpack: Callable[..., tuple
     inputs = fused(tokens, heads, kv_heads, width, torch.float64)
     buffer = random_buffer(tokens, width, plan, torch.float64)
     there = torch.dot(run_pack(*inputs, plan, **turns), buffer)
-    found = run_unpack(buffer, plan, **sizes(tokens, width, heads, kv_heads), **turns)
+    found = run_unpack(joined(buffer, tokens, width, plan), plan, **sizes(tokens, width, heads, kv_heads), **turns)
     back = sum((x * y).sum() for x, y in zip(inputs, found, strict=True))
     return float(abs(there - back) / abs(there))
 
@@ -157,8 +165,8 @@ def test_a_wrong_unpack_is_no_adjoint() -> None:
         q, *_ = kernels.unpack_heads(buffer, plan, **options)
         alone = [block._replace(kv_start=block.kv_end) for block in plan[:2]] + plan[2:]
         parts = buffer.split([11 * 48 * block.width for block in plan])
-        kept = [part.view(11, -1, 48)[:, : b.width] for part, b in zip(parts, alone, strict=True)]
-        return q, *kernels.unpack_heads(torch.cat([x.reshape(-1) for x in kept]), alone, **options)[1:]
+        kept = torch.cat([part[: 11 * 48 * b.width] for part, b in zip(parts, alone, strict=True)])
+        return q, *kernels.unpack_heads(kept, alone, **options)[1:]
 
     def unturned(buffer: Tensor, plan: list[HeadBlock], *, cos: Tensor, sin: Tensor, **options: Any) -> Any:
         return kernels.unpack_heads(buffer, plan, cos=cos, sin=-sin, **options)

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from torch import Tensor
 
 from nova_kernels.ulysses import HeadPlan, TokenPlan, comm_bytes
-from ulysses_jobs import BROKEN, TRITON, WORLD, run_ranks, stack
-from ulysses_ranks import CASES, HEADS, WIDTH, Case, one_process
+from numerics import distance
+from processes import on_ranks
+from ulysses_jobs import BROKEN, TRITON, WORLD, on_every_rank, stack
+from ulysses_ranks import CASES, GROUPS, HEADS, WIDTH, Case, one_process
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.spawn(run_ranks, (str(folder),), nprocs=WORLD, join=False)
-    try:
-        deadline = time.monotonic() + 150
-        while not processes.join(timeout=5):
-            assert time.monotonic() < deadline, "the ranks wait for each other"
-    finally:
-        for process in processes.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(WORLD)]
-
-
-def distance(found: Tensor, truth: Tensor) -> float:
-    """The largest difference, relative to the largest value; at least to 1."""
-    assert found.shape == truth.shape
-    size = max(1.0, truth.abs().max().item()) if truth.numel() else 1.0
-    return (found.double() - truth.double()).abs().max().item() / size if truth.numel() else 0.0
+def ranks() -> list[dict[str, Any]]:
+    return on_ranks(WORLD, on_every_rank)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,6 +80,11 @@ def test_halves_around_another_attention(ranks: list[dict[str, Any]]) -> None:
         assert difference < 1e-14 < size
 
 
+def test_gradients_of_some_inputs(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert all(gap < 1e-13 < 1e-3 < size for gap, size in found["some gradients"])
+
+
 def test_shards_are_put_together(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         for ids, embeddings in found["gathered"]:
@@ -151,6 +139,13 @@ def test_a_graph_is_walked_twice(ranks: list[dict[str, Any]]) -> None:
         assert torch.equal(first, second)
 
 
+def test_a_compiled_layer_breaks_once(ranks: list[dict[str, Any]]) -> None:
+    """What is before the call and what is after it are graphs; the exchanges run as they are."""
+    for rank in GROUPS[0]:
+        gap, size, graphs = ranks[rank]["compiled"]
+        assert gap < 1e-12 < 1e-3 < size and graphs == 2
+
+
 REFUSED = {
     "tokens": "rank {rank} holds the {held} tokens {start} to {end} of 37, got 37,",
     "heads": "the head plan is for 6 query and 3 key heads, expected q [t, 6, D]",
@@ -168,6 +163,10 @@ REFUSED = {
     "chunks": "chunks must be from 1 to 1, the heads of a rank; got 2",
     "window": "window must be at least 1 token, got 0",
     "softcap": "softcap must be positive, got -1.0",
+    "backend": "varlen_attention: backend 'flash' cannot run: it runs on CUDA, the tensors are on cpu",
+    "packing": "ulysses packing: unknown backend 'cuda'; expected one of ['reference', 'triton']",
+    "empty heads": "heads need a width, got D = 0",
+    "softcap, heads for all": "softcap must be positive, got -1.0",
     "cos alone": "pass both or neither",
     "cos of the row": "cos and sin must be [{held}, 4], for this rank's tokens",
     "not in the group": "this process is not in the group",

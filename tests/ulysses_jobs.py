@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attention_truth import one_mask
-from nova_kernels.backend import why_not_triton
+from nova_kernels.backend import BackendUnavailableError, why_not_triton
 from nova_kernels.ulysses import (
     HeadPlan,
     SequenceShards,
     TokenPlan,
     attention,
-    collective,
     gather_heads,
     pack,
     scatter_heads,
@@ -28,19 +25,20 @@ from nova_kernels.ulysses import (
 )
 from nova_kernels.ulysses.collective import Route
 from nova_kernels.varlen import cu_seqlens_from_lengths
-from ulysses_ranks import CASES, GROUPS, HEADS, LENGTHS, WIDTH, Case, Layer, counting, inputs, on_ranks
+from ulysses_ranks import CASES, GROUPS, HEADS, LENGTHS, WIDTH, Case, Layer, counting, inputs, shared
 
 WORLD = 4
 STACK = ((14, 2), (8, 8), (3, 1))
-TRITON = Case(GROUPS[2], 14, 2, torch.float32, chunks=2, rotated=True)
+TRITON = Case(GROUPS[2], 14, 2, torch.float32, chunks=2, rotated=True, pack_backend="triton")
 
 
 def _last_copy(buffer: Tensor, blocks: Any, **sizes: Any) -> tuple[Tensor, Tensor, Tensor]:
     """pack.unpack_heads, but copies of a key head replace each other."""
     q, k, v = _UNPACK(buffer, blocks, **sizes)
-    for block, part in zip(blocks, pack._parts(buffer, blocks, sizes["num_tokens"], sizes["head_dim"]), strict=True):
-        keys = slice(block.kv_start, block.kv_end)
-        _, k[:, keys], v[:, keys] = part.split([block.heads, block.kv_heads, block.kv_heads], dim=1)
+    heads = [many for block in blocks for many in (block.heads, block.kv_heads, block.kv_heads)]
+    parts = pack._parts(buffer, heads, sizes["num_tokens"], sizes["head_dim"])
+    for block, from_k, from_v in zip(blocks, parts[1::3], parts[2::3], strict=True):
+        k[:, block.kv_start : block.kv_end], v[:, block.kv_start : block.kv_end] = from_k, from_v
     return q, k, v
 
 
@@ -58,10 +56,10 @@ def broken(group: dist.ProcessGroup) -> dict[str, Any]:
     """Results of the mistakes that the comparison has to notice."""
     pack.unpack_heads = _last_copy
     try:
-        found = {"copies not summed": on_ranks(BROKEN, group)}
+        found = {"copies not summed": shared(BROKEN, group)}
     finally:
         pack.unpack_heads = _UNPACK
-    found["cut at shards"] = on_ranks(BROKEN, group, _cut_at_shards(BROKEN))
+    found["cut at shards"] = shared(BROKEN, group, _cut_at_shards(BROKEN))
     return found
 
 
@@ -114,6 +112,25 @@ def backward_twice(case: Case, group: dist.ProcessGroup) -> tuple[Tensor, Tensor
     return torch.autograd.grad(loss, x, retain_graph=True)[0], torch.autograd.grad(loss, x)[0]
 
 
+def some_gradients(case: Case, group: dist.ProcessGroup) -> list[tuple[float, float]]:
+    """Distance and size of each of q, k, v's gradients, when it is the only one that is asked for."""
+    start, end = case.token_plan.bounds(dist.get_rank(group))
+    heads = (case.heads, case.kv_heads, case.kv_heads)
+    generator = torch.Generator().manual_seed(start)
+    inputs = [torch.randn(end - start, many, WIDTH, generator=generator, dtype=case.dtype) for many in heads]
+    boundaries = {"cu_seqlens": cu_seqlens_from_lengths(case.lengths), "max_seqlen": max(case.lengths)}
+
+    def gradients(*wanted: int) -> list[Tensor]:
+        given = [x.clone().requires_grad_(place in wanted) for place, x in enumerate(inputs)]
+        out = ulysses_attention(*given, group=group, **boundaries)
+        with torch.no_grad():  # another call in between, which leaves nothing behind
+            assert torch.equal(ulysses_attention(*given, group=group, **boundaries), out)
+        return list(torch.autograd.grad(out.square().sum(), [given[place] for place in wanted]))
+
+    pairs = [(gradients(place)[0], whole) for place, whole in enumerate(gradients(0, 1, 2))]
+    return [((alone - whole).abs().max().item(), whole.abs().max().item()) for alone, whole in pairs]
+
+
 def gathered(case: Case, group: dist.ProcessGroup) -> list[Tensor]:
     """Rows that were cut and put together again, along either dimension."""
     shards = SequenceShards(case.token_plan, dist.get_rank(group))
@@ -148,6 +165,10 @@ def refusals(group: dist.ProcessGroup, other: dist.ProcessGroup) -> dict[str, st
         "chunks": {"chunks": 2},
         "window": {"window": 0},
         "softcap": {"softcap": -1.0},
+        "backend": {"backend": "flash"},
+        "packing": {"pack_backend": "cuda"},
+        "empty heads": {"q": q[:, :, :0], "k": k[:, :, :0], "v": v[:, :, :0]},
+        "softcap, heads for all": {"q": q.repeat(1, 4, 1), "softcap": -1.0},
         "cos alone": {"cos": torch.ones(end - start, WIDTH)},
         "cos of the row": {"cos": torch.ones(37, WIDTH), "sin": torch.ones(37, WIDTH)},
         "not in the group": {"group": other},
@@ -159,7 +180,7 @@ def refusals(group: dist.ProcessGroup, other: dist.ProcessGroup) -> dict[str, st
                 given = {"q": q, "k": k, "v": v, **good, **mistake}
                 try:
                     ulysses_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
-                except ValueError as error:
+                except (ValueError, BackendUnavailableError) as error:
                     said[name] = str(error)
         try:
             gather_heads(q, group=group, head_plan=HeadPlan.build(3, 1, WORLD), token_plan=TokenPlan.build(37, WORLD))
@@ -214,7 +235,7 @@ def order_of_chunks(group: dist.ProcessGroup) -> tuple[list[str], list[str]]:
 
     def say(what: str, own: Callable[..., Any]) -> Callable[..., Any]:
         def call(route: Route, chunk: int, *rest: Any) -> Any:
-            seen.append(f"{what} {'qkv' if route.local['num_kv_heads'] else 'out'} {chunk}")
+            seen.append(f"{what} {'qkv' if route.plan.sizes['num_kv_heads'] else 'out'} {chunk}")
             return own(route, chunk, *rest)
 
         return call
@@ -236,10 +257,9 @@ def with_triton(group: dist.ProcessGroup) -> dict[str, Any] | None:
     if why_not_triton(torch.device("cpu")) is not None:
         return None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(collective, "runs_triton", lambda device, dtype: True)
         patch.setattr(pack, "pack_heads", None)
         patch.setattr(pack, "unpack_heads", None)
-        return on_ranks(TRITON, group)
+        return shared(TRITON, group)
 
 
 def under_autocast(group: dist.ProcessGroup) -> tuple[torch.dtype, list[int], float]:
@@ -255,27 +275,46 @@ def under_autocast(group: dist.ProcessGroup) -> tuple[torch.dtype, list[int], fl
     return out.dtype, counted.bytes, difference
 
 
-def run_ranks(rank: int, folder: str) -> None:
-    """One process: its part of every case; the results go to a file."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", WORLD)
-    limit = timedelta(seconds=30)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=limit)
-    groups = {ranks: dist.new_group(ranks, limit) for ranks in dict.fromkeys(case.ranks for case in CASES.values())}
+def compiled(case: Case, group: dist.ProcessGroup) -> tuple[float, int, int]:
+    """Distance from what is not compiled, results and gradients; the largest of them; how many graphs there are."""
+    layer, (x, *_), rank = Layer(case), inputs(case), dist.get_rank(group)
+    x = x[slice(*case.token_plan.bounds(rank))].clone().requires_grad_()
+    boundaries = {"cu_seqlens": cu_seqlens_from_lengths(case.lengths), "max_seqlen": max(case.lengths)}
+    attend, graphs = partial(ulysses_attention, group=group, chunks=2, **boundaries), []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def both(run: Callable[..., Tensor]) -> list[Tensor]:
+        y = run(x, attend)
+        return [y, *torch.autograd.grad(y.square().sum(), x)]
+
+    pairs = list(zip(both(layer), both(torch.compile(layer, backend=count)), strict=True))
+    gap = max((a - b).abs().max().item() for a, b in pairs)
+    return gap, max(a.abs().max().item() for a, _ in pairs), len(graphs)
+
+
+def on_every_rank() -> dict[str, Any]:
+    """One process: its part of every case."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    groups = {ranks: dist.new_group(ranks) for ranks in dict.fromkeys(case.ranks for case in CASES.values())}
     two, _, four = (groups[ranks] for ranks in GROUPS)
     found: dict[str, Any] = {"refusals": refusals(four, two)}
     for name, case in CASES.items():
         if rank in case.ranks:
-            found[name] = on_ranks(case, groups[case.ranks])
+            found[name] = shared(case, groups[case.ranks])
     found["broken"] = broken(four)
     found["adjoint"] = {heads: adjoint(Case(GROUPS[2], *heads), four) for heads in (*HEADS, (3, 1))}
     found["own attention"] = own_attention(Case(GROUPS[2], 14, 2), four)
+    found["some gradients"] = some_gradients(Case(GROUPS[2], 14, 2), four)
     found["gathered"] = [gathered(Case(GROUPS[2], 1, 1, sizes=sizes), four) for sizes in (None, (0, 30, 1, 6))]
     found["stack"] = stack(four)
     found["triton"] = with_triton(four)
     found["order"] = order_of_chunks(four)
     found["autocast"] = under_autocast(four)
     found["backward twice"] = backward_twice(Case(GROUPS[2], 14, 2), four)
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    if rank in GROUPS[0]:
+        found["compiled"] = compiled(Case(GROUPS[0], 14, 2), two)
+    return found

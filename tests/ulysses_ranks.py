@@ -39,6 +39,7 @@ class Case:
     rotated: bool = False
     checkpointed: str = ""  # "layer" or "attention": what is computed again in backward
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    pack_backend: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -107,7 +108,7 @@ def one_process(case: Case) -> dict[str, Tensor]:
     }
 
 
-def on_ranks(case: Case, group: dist.ProcessGroup, cu_seqlens: Tensor | None = None) -> dict[str, Any]:
+def shared(case: Case, group: dist.ProcessGroup, cu_seqlens: Tensor | None = None) -> dict[str, Any]:
     """Loss and weight gradients of all ranks together, the input gradient of this one, and what was exchanged."""
     rank, (x, targets, counts, angles) = dist.get_rank(group), inputs(case)
     start, end = case.token_plan.bounds(rank)
@@ -126,6 +127,7 @@ def on_ranks(case: Case, group: dist.ProcessGroup, cu_seqlens: Tensor | None = N
             group=group,
             token_plan=case.token_plan if case.sizes else None,
             chunks=case.chunks,
+            pack_backend=case.pack_backend,
             **rotation,
             **case.options,
         )

@@ -6,7 +6,7 @@
     comm_bytes                   what a rank sends; allgather_kv_bytes, for comparison
     SequenceShards               every per-token field of a batch, cut at the same places, or refused
 
-The group is always an argument; nothing is remembered between calls. Formulas, examples: docs/kernels/ulysses.md.
+The group is always an argument, nothing of it is remembered between calls. Formulas, examples: docs/kernels/ulysses.md.
 """
 
 from nova_kernels.ulysses.attention import gather_heads, scatter_heads, ulysses_attention

@@ -12,18 +12,41 @@ It is the same attention: no head and no token is treated differently because of
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nova_kernels.attention.dispatch import attend, boundaries_on
-from nova_kernels.ulysses.collective import Arrive, Collect, Depart, Route, Spread
+from nova_kernels.ulysses.collective import Arrive, Collect, Depart, Route, Spread, packing, schedule
 from nova_kernels.ulysses.pack import rotate
 from nova_kernels.ulysses.plan import HeadPlan, HeadRun, TokenPlan
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
+
+def _uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Between ranks, run as it is under torch.compile, which cannot follow exchanges: one break of the graph, not many.
+
+    Decided at the call, since torch.compiler.disable takes seconds to import.
+    """
+
+    @wraps(function)
+    def call(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        group: Any = options.get("group")
+        if torch.compiler.is_compiling() and dist.get_world_size(group) != 1:
+            run: Callable[Arguments, Result] = torch.compiler.disable(function)
+            return run(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+@_uncompiled
 def ulysses_attention(
     q: Tensor,
     k: Tensor,
@@ -42,6 +65,7 @@ def ulysses_attention(
     softmax_scale: float | None = None,
     softcap: float | None = None,
     backend: str | None = None,
+    pack_backend: str | None = None,
     on_device: Tensor | None = None,
 ) -> Tensor:
     """Attention of each packed sequence to itself; the row's tokens are spread over the ranks of a group.
@@ -62,6 +86,7 @@ def ulysses_attention(
         cos, sin: [t, D], rotate q and k by their tokens' positions on the way, in halves as Hugging Face models do; no
             gradient flows to them. None = as they are.
         causal, window, softmax_scale, softcap, backend: as in varlen_attention.
+        pack_backend: what packs and unpacks heads, "triton" or "reference" (PyTorch); None = the first that can run.
         on_device: a checked copy of cu_seqlens on the device of q, for callers with many layers; None makes one.
 
     Returns:
@@ -73,9 +98,8 @@ def ulysses_attention(
         BackendUnavailableError: the named backend cannot run these inputs.
     """
     q, k, v = _autocast(q, k, v)
+    boundaries: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     options: dict[str, Any] = {
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": max_seqlen,
         "causal": causal,
         "window": window,
         "softmax_scale": softmax_scale,
@@ -84,29 +108,32 @@ def ulysses_attention(
     }
     head_plan, token_plan = _plans(q, k, cu_seqlens, group, head_plan, token_plan)
     _check(q, k, v, head_plan, token_plan, group, cos, sin)
+    module = packing(q.device, pack_backend)
     if head_plan.world_size == 1:
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return attend(q, k, v, **options, on_device=on_device)
+        return attend(q, k, v, **boundaries, **options, on_device=on_device)
+    rank, width = dist.get_rank(group), q.shape[2]
+    plans = head_plan, token_plan, rank
+    way = Route(group, schedule(*plans, width, chunks=chunks, keys=True), module, cos=cos, sin=sin)
+    back = Route(group, schedule(*plans, width, chunks=chunks, keys=False), module)
     if on_device is None:
         on_device = boundaries_on(q.device, cu_seqlens, token_plan.num_tokens, max_seqlen)
-    blocks, rank, width = head_plan.split(chunks), dist.get_rank(group), q.shape[2]
-    if any(not head_plan.q_heads(p) for p in range(head_plan.world_size)):
-        _check_options(q.dtype, width, options)
-    way = Route(group, head_plan, token_plan, blocks, width, keys=True, cos=cos, sin=sin)
-    back = Route(group, head_plan, token_plan, blocks, width, keys=False)
+    boundaries["on_device"] = on_device
+    _rehearse(q.device, q.dtype, width, max(max_seqlen, 1), **options)
     tokens = Spread.apply(way, q, k, v)
     arrived: list[tuple[Tensor, Tensor]] = []  # keys and values of each chunk
     departed = []
     for chunk, runs in enumerate(head_plan.runs(rank, chunks)):
         heads, *keys = Arrive.apply(way, chunk, tokens[chunk])
         arrived.append((keys[0], keys[1]))
-        out = _attend_runs(heads, arrived, runs, {**options, "on_device": on_device})
+        out = _attend_runs(heads, arrived, runs, {**boundaries, **options})
         departed.append(Depart.apply(back, chunk, out))
     result: Tensor = Collect.apply(back, *departed)
     return result
 
 
+@_uncompiled
 def scatter_heads(
     q: Tensor,
     k: Tensor,
@@ -117,6 +144,7 @@ def scatter_heads(
     head_plan: HeadPlan | None = None,
     cos: Tensor | None = None,
     sin: Tensor | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From all heads of this rank's tokens to this rank's heads of all tokens, in one all-to-all.
 
@@ -124,6 +152,7 @@ def scatter_heads(
 
     Args:
         q, k, v, group, head_plan, token_plan, cos, sin: as in `ulysses_attention`.
+        backend: its `pack_backend`.
 
     Returns:
         q [T, hq, D], k [T, hkv, D], v [T, hkv, D]: views of one buffer, in the order of the packed row. Their
@@ -131,30 +160,43 @@ def scatter_heads(
 
     Raises:
         ValueError: shapes, dtypes, plans and group disagree.
+        BackendUnavailableError: the named backend cannot run on this device.
     """
     head_plan = _head_plan(q, k, token_plan.world_size) if head_plan is None else head_plan
     _check(q, k, v, head_plan, token_plan, group, cos, sin)
+    module = packing(q.device, backend)
     if head_plan.world_size == 1:
         return (q, k, v) if cos is None or sin is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
-    route = Route(group, head_plan, token_plan, head_plan.split(), q.shape[2], keys=True, cos=cos, sin=sin)
+    plan = schedule(head_plan, token_plan, dist.get_rank(group), q.shape[2], keys=True)
+    route = Route(group, plan, module, cos=cos, sin=sin)
     (token,) = Spread.apply(route, q, k, v)
     heads: tuple[Tensor, Tensor, Tensor] = Arrive.apply(route, 0, token)
     return heads
 
 
-def gather_heads(out: Tensor, *, group: dist.ProcessGroup, head_plan: HeadPlan, token_plan: TokenPlan) -> Tensor:
+@_uncompiled
+def gather_heads(
+    out: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    head_plan: HeadPlan,
+    token_plan: TokenPlan,
+    backend: str | None = None,
+) -> Tensor:
     """From this rank's heads of all tokens to all heads of this rank's tokens, in one all-to-all.
 
     Args:
         out: [T, hq, D], hq = len(head_plan.q_heads(rank)); a rank without heads passes [T, 0, D], made of what
             scatter_heads gave it, so that its backward takes part.
         group, head_plan, token_plan: as in `ulysses_attention`.
+        backend: its `pack_backend`.
 
     Returns:
         [t, Hq, D].
 
     Raises:
         ValueError: the shape, plans and group disagree.
+        BackendUnavailableError: the named backend cannot run on this device.
     """
     rank = _check_group(group, head_plan, token_plan)
     heads = len(head_plan.q_heads(rank))
@@ -163,15 +205,16 @@ def gather_heads(out: Tensor, *, group: dist.ProcessGroup, head_plan: HeadPlan, 
             f"gather_heads: rank {rank} computes {heads} heads of {token_plan.num_tokens} tokens, expected "
             f"[{token_plan.num_tokens}, {heads}, D], got {list(out.shape)}"
         )
+    module = packing(out.device, backend)
     if head_plan.world_size == 1:
         return out
-    route = Route(group, head_plan, token_plan, head_plan.split(), out.shape[2], keys=False)
+    route = Route(group, schedule(head_plan, token_plan, rank, out.shape[2], keys=False), module)
     result: Tensor = Collect.apply(route, Depart.apply(route, 0, out))
     return result
 
 
 def _attend_runs(
-    q: Tensor, arrived: list[tuple[Tensor, Tensor]], runs: list[HeadRun], options: dict[str, Any]
+    q: Tensor, arrived: list[tuple[Tensor, Tensor]], runs: tuple[HeadRun, ...], options: dict[str, Any]
 ) -> Tensor:
     """Attention of one chunk's heads [T, hq, D], in one call for every stretch of equal groups."""
     if not runs:
@@ -296,8 +339,12 @@ def _check(
         )
 
 
-def _check_options(dtype: torch.dtype, width: int, options: dict[str, Any]) -> None:
-    """Refuse wrong options before anything is sent: a rank without heads never calls attention, and would wait."""
-    nothing = torch.empty(0, 1, width, dtype=dtype)
-    row = {"cu_seqlens": torch.zeros(1, dtype=torch.int32), "backend": "reference"}
-    attend(nothing, nothing, nothing, **{**options, **row})
+@lru_cache(maxsize=64)
+def _rehearse(device: torch.device, dtype: torch.dtype, width: int, max_seqlen: int, **options: Any) -> None:
+    """Attention of one made-up token: what it refuses, every rank refuses before anything is sent.
+
+    Otherwise a rank without heads, which never attends, would wait for the others. Done once for the options of a call.
+    """
+    token = torch.zeros(1, 1, width, dtype=dtype, device=device)
+    boundaries = torch.tensor([0, 1], dtype=torch.int32)
+    attend(token, token, token, cu_seqlens=boundaries, max_seqlen=max_seqlen, **options)

@@ -4,7 +4,9 @@ A head (of q, k or v) has a place in each block that holds it: one for a query h
 key or value head. Two small int32 tables, made once per plan, say where:
 
     bounds[h], bounds[h + 1]     rows of `places` that belong to head h, counted through q, k and v
-    places[c] = (first, j, w)    widths of all blocks before this one, place in the block, width of the block
+    places[c] = (first, j, w)    heads of all parts before this one, place in the part, heads of the part
+
+A part is [t, w, D]: a whole block where blocks are packed, q, k or v of one where they are joined.
 
     buffer[t first D + (i w + j) D + d]  <->  head h of token i, element d
 
@@ -32,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 import triton
@@ -62,8 +64,8 @@ def head_rows(
 
 
 @triton.jit
-def block_rows(buffer, places, copy, num_tokens, tokens, D: tl.constexpr):
-    """Where a place of the buffer begins, for the tokens: [TOKENS, 1]."""
+def part_rows(buffer, places, copy, num_tokens, tokens, D: tl.constexpr):
+    """Where a head's place in the buffer begins, for the tokens: [TOKENS, 1]."""
     first = tl.load(places + 3 * copy).to(tl.int64)
     place = tl.load(places + 3 * copy + 1)
     width = tl.load(places + 3 * copy + 2)
@@ -84,6 +86,22 @@ def store_halves(rows, a, b, lower, upper, HALF: tl.constexpr):
 
 
 @triton.jit
+def here(num_tokens, groups, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr):
+    """The tokens [TOKENS, 1] and columns [1, BLOCK] of this program, and which of them exist in either half."""
+    tokens = ((tl.program_id(0) // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    lower = (tokens < num_tokens) & (columns < HALF)
+    return tokens, columns, lower, lower & (columns + HALF < D)
+
+
+@triton.jit
+def turn(a, b, cos_a, cos_b, sin_a, sin_b, SUM: tl.constexpr):
+    """[a, b] cos + [-b, a] sin, in SUM."""
+    a, b = a.to(SUM), b.to(SUM)
+    return a * cos_a.to(SUM) - b * sin_a.to(SUM), b * cos_b.to(SUM) + a * sin_b.to(SUM)
+
+
+@triton.jit
 def _pack(
     q, k, v, q_token, q_head, k_token, k_head, v_token, v_head,
     buffer, bounds, places, num_tokens, q_heads, kv_heads, cos, sin, cos_token, sin_token,
@@ -91,10 +109,7 @@ def _pack(
     SUM: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(q_heads + 2 * kv_heads, HEADS)
-    tokens = ((tl.program_id(0) // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    lower = (tokens < num_tokens) & (columns < HALF)
-    upper = lower & (columns + HALF < D)
+    tokens, columns, lower, upper = here(num_tokens, groups, D, HALF, BLOCK, TOKENS)
     if cos is not None:
         cos_a, cos_b = halves(cos + (tokens * cos_token + columns), lower, upper, HALF)
         sin_a, sin_b = halves(sin + (tokens * sin_token + columns), lower, upper, HALF)
@@ -108,11 +123,10 @@ def _pack(
                 a, b = halves(x, lower, upper, HALF)
                 if cos is not None:  # noqa: SIM102  one is known when it is compiled, the other is not
                     if head < q_heads + kv_heads:
-                        c, d = a.to(SUM), b.to(SUM)
-                        a = (c * cos_a.to(SUM) - d * sin_a.to(SUM)).to(a.dtype)
-                        b = (d * cos_b.to(SUM) + c * sin_b.to(SUM)).to(b.dtype)
+                        c, d = turn(a, b, cos_a, cos_b, sin_a, sin_b, SUM)
+                        a, b = c.to(a.dtype), d.to(b.dtype)
                 for copy in range(begin, end):
-                    y = block_rows(buffer, places, copy, num_tokens, tokens, D) + columns
+                    y = part_rows(buffer, places, copy, num_tokens, tokens, D) + columns
                     store_halves(y, a, b, lower, upper, HALF)
 
 
@@ -124,10 +138,7 @@ def _unpack(
     SUM: tl.constexpr,
 ):  # fmt: skip
     groups = tl.cdiv(q_heads + 2 * kv_heads, HEADS)
-    tokens = ((tl.program_id(0) // groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    lower = (tokens < num_tokens) & (columns < HALF)
-    upper = lower & (columns + HALF < D)
+    tokens, columns, lower, upper = here(num_tokens, groups, D, HALF, BLOCK, TOKENS)
     if cos is not None:
         cos_a, cos_b = halves(cos + (tokens * cos_token + columns), lower, upper, HALF)
         sin_a, sin_b = halves(sin + (tokens * sin_token + columns), lower, upper, HALF)
@@ -137,15 +148,13 @@ def _unpack(
             a = tl.zeros([TOKENS, BLOCK], dtype=SUM)
             b = tl.zeros([TOKENS, BLOCK], dtype=SUM)
             for copy in range(tl.load(bounds + head), tl.load(bounds + head + 1)):
-                y = block_rows(buffer, places, copy, num_tokens, tokens, D) + columns
+                y = part_rows(buffer, places, copy, num_tokens, tokens, D) + columns
                 more_a, more_b = halves(y, lower, upper, HALF)
                 a += more_a.to(SUM)
                 b += more_b.to(SUM)
             if cos is not None:  # noqa: SIM102  one is known when it is compiled, the other is not
-                if head < q_heads + kv_heads:
-                    c, d = a, b
-                    a = c * cos_a.to(SUM) + d * sin_b.to(SUM)
-                    b = d * cos_b.to(SUM) - c * sin_a.to(SUM)
+                if head < q_heads + kv_heads:  # transposed: back, by the sine of the other half
+                    a, b = turn(a, b, cos_a, cos_b, -sin_b.to(SUM), -sin_a.to(SUM), SUM)
             x = head_rows(q, k, v, head, q_heads, kv_heads, tokens,
                           q_token, q_head, k_token, k_head, v_token, v_head) + columns  # fmt: skip
             store_halves(x, a, b, lower, upper, HALF)
@@ -182,7 +191,7 @@ def unpack_heads(
     cos: Tensor | None = None,
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As pack.unpack_heads; a query head that no block has is zero.
+    """As pack.unpack_heads.
 
     Raises:
         ValueError: a rotation of heads of odd width.
@@ -216,7 +225,7 @@ def _launch(
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     angles = (cos, sin, *(None if x is None else x.stride(0) for x in (cos, sin)))
     with torch.cuda.device_of(q):
-        bounds, places = _tables(tuple(blocks), q_heads, kv_heads, q.device)
+        bounds, places = _tables(tuple(blocks), q_heads, kv_heads, q.device, joined=kernel is _unpack)
         kernel[(triton.cdiv(tokens, rows) * groups,)](
             q, k, v, *strides, buffer, bounds, places, tokens, q_heads, kv_heads, *angles,
             D=width, HALF=half, BLOCK=columns, TOKENS=rows, HEADS=HEADS,
@@ -226,17 +235,18 @@ def _launch(
 
 @lru_cache(maxsize=256)
 def _tables(
-    blocks: tuple[HeadBlock, ...], num_heads: int, num_kv_heads: int, device: torch.device
+    blocks: tuple[HeadBlock, ...], num_heads: int, num_kv_heads: int, device: torch.device, *, joined: bool
 ) -> tuple[Tensor, Tensor]:
     """bounds int32 [Hq + 2 Hkv + 1] and places int32 [W, 3], as at the top; the copy to the device is made once."""
     found: list[list[tuple[int, int, int]]] = [[] for _ in range(num_heads + 2 * num_kv_heads)]
     first = 0
     for block in blocks:
         keys = range(num_heads + block.kv_start, num_heads + block.kv_end)
-        heads = [*range(block.q_start, block.q_end), *keys, *(key + num_kv_heads for key in keys)]
-        for place, head in enumerate(heads):
-            found[head].append((first, place, block.width))
-        first += block.width
+        parts = [[*range(block.q_start, block.q_end)], [*keys], [key + num_kv_heads for key in keys]]
+        for part in parts if joined else [[*chain(*parts)]]:
+            for place, head in enumerate(part):
+                found[head].append((first, place, len(part)))
+            first += len(part)
     bounds = [0, *accumulate(map(len, found))]
     places = [place for head in found for place in head]
     return tuple(torch.tensor(table, dtype=torch.int32, device=device) for table in (bounds, places))  # type: ignore

@@ -72,6 +72,7 @@ class HeadPlan:
     bounds: tuple[int, ...]  # P + 1 numbers from 0 to Hq
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bounds", tuple(self.bounds))  # plans are keys of caches
         if self.num_heads < 1 or self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"HeadPlan: num_heads must be a positive multiple of num_kv_heads, got {self.num_heads} and "
@@ -128,6 +129,7 @@ class HeadPlan:
         first = self.kv_heads(rank).start
         return tuple(head // self.group_size - first for head in self.q_heads(rank))
 
+    @lru_cache(maxsize=64)  # noqa: B019  a plan is a small value: what keeps it alive does not matter
     def split(self, chunks: int = 1) -> tuple[tuple[HeadBlock, ...], ...]:
         """What each rank is sent when its heads come in `chunks` exchanges; [chunks][P].
 
@@ -143,7 +145,8 @@ class HeadPlan:
         columns = [self._split_rank(rank, chunks) for rank in range(self.world_size)]
         return tuple(zip(*columns, strict=True))
 
-    def runs(self, rank: int, chunks: int = 1) -> list[list[HeadRun]]:
+    @lru_cache(maxsize=64)  # noqa: B019
+    def runs(self, rank: int, chunks: int = 1) -> tuple[tuple[HeadRun, ...], ...]:
         """The attention calls of a rank, for each chunk: usually one, more where borders cut through groups."""
         sent: dict[int, int] = {}  # key head -> chunk that it came with
         blocks = self._split_rank(rank, chunks)
@@ -158,8 +161,8 @@ class HeadPlan:
                 first = kv - blocks[source].kv_start
                 runs.append(HeadRun(slice(head, head + many * heads), slice(first, first + many), source))
                 head, kv = head + many * heads, kv + many
-            calls.append(runs)
-        return calls
+            calls.append(tuple(runs))
+        return tuple(calls)
 
     def _split_rank(self, rank: int, chunks: int) -> list[HeadBlock]:
         heads, keys, group = self.q_heads(rank), self.kv_heads(rank), self.group_size
@@ -182,6 +185,7 @@ class TokenPlan:
     sizes: tuple[int, ...]  # tokens per rank, 0 is allowed
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))  # plans are keys of caches
         if not self.sizes or min(self.sizes) < 0:
             raise ValueError(f"TokenPlan: sizes must be one number >= 0 for every rank, got {self.sizes}")
 
