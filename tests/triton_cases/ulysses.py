@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MODULE = "nova_kernels.ulysses.kernels"
-SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
 def _case(
@@ -24,7 +24,8 @@ def _case(
     if angles is not None:
         types |= {"cos": f"*{angles}:16", "sin": f"*{angles}:16", "cos_token": "i32:16", "sin_token": "i32:16"}
     constants = {
-        **{"D": width, "HALF": width // 2, "BLOCK": columns, "HEADS": HEADS, "SUM": tl.float32},
+        **{"D": width, "HALF": width // 2, "BLOCK": columns, "HEADS": HEADS},
+        "SUM": tl.float64 if dtype == "fp64" else tl.float32,
         "TOKENS": TILE_BYTES // (columns * SIZES[dtype]),
     }
     return kernel, types, constants, NUM_WARPS
@@ -33,6 +34,6 @@ def _case(
 CASES = [
     _case(kernel, dtype, width, angles)
     for kernel in ("_pack", "_unpack")
-    for dtype, width in (("bf16", 128), ("bf16", 96), ("bf16", 256), ("fp16", 128), ("fp32", 128))
-    for angles in (None, dtype, "fp32")
+    for dtype, width in (("bf16", 128), ("bf16", 96), ("bf16", 256), ("fp16", 128), ("fp32", 128), ("fp64", 128))
+    for angles in dict.fromkeys((None, dtype, "fp64" if dtype == "fp64" else "fp32"))
 ]
