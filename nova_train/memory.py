@@ -11,7 +11,7 @@ With P trained parameters of b bytes, M of them under Muon, and F frozen ones (G
 The logits chunk belongs to the loss of a plan: its line stands only where there is none. On several ranks these are
 the shares of one of them (share.py), and beside them stands
 
-    gathered         embedding, norm and head of each model   whole as long as a micro-batch runs
+    gathered         embedding, norms, heads of each model    whole as long as a micro-batch runs
 
 The plan is made for the longest row a micro-batch can be, each of its tokens trained, on a model of fake tensors: they
 have the training's device and dtypes, so that the same backends run under the same autocast, and no memory.
@@ -138,7 +138,7 @@ def estimate_memory(config: TrainConfig, *, ranks: int | None = None) -> list[Me
     vocabulary: int = model.config.vocab_size
     rows = min(share.tokens(config.row_tokens()), chunk_rows(vocabulary, torch.device(pick_device(config.device))))
     logits = rows * vocabulary if config.has_logits() else 0
-    whole = sum(share.gathered_bytes(each, config.bf16) for each in (model, *others))
+    whole = sum(share.gathered_bytes(each) for each in (model, *others))
     per_rank = f" / {share.ranks} ranks" if share.ranks > 1 else ""
 
     def part(name: str, times: int, parameters: Iterable[nn.Parameter], without: Iterable[nn.Parameter] = ()) -> Any:
@@ -155,7 +155,7 @@ def estimate_memory(config: TrainConfig, *, ranks: int | None = None) -> list[Me
         part("gradients", 1, model.parameters()),
         part("AdamW", 2, model.parameters(), muon),
         part("Muon", 1, muon),
-        MemoryPart(name="gathered", num_bytes=whole, formula="embedding, norm and head, whole on every rank"),
+        MemoryPart(name="gathered", num_bytes=whole, formula="embedding, norms and heads, whole on every rank"),
         MemoryPart(name=LOGITS, num_bytes=8 * logits, formula=f"2 x {logits:,} logits x 4 bytes"),
     ]
     return [line for line in parts if line.num_bytes]
@@ -174,12 +174,12 @@ def plan_memory(config: TrainConfig, *, ranks: int | None = None, budget: int | 
     """
     share, row = Share.of(config, ranks), config.row_tokens()
     place = FakeTensorMode(allow_non_fake_inputs=True)
-    gathered_in = replace(config, dtype="bfloat16") if share.ranks > 1 and config.bf16 else config
     with torch.device(pick_device(config.device)):
-        model = _trained(gathered_in, place)
+        model = share.as_gathered(_trained(config, place), config.bf16)
     try:
         sample = _sample(model, share.tokens(row), place)
-        profile = profile_layers(model, sample, loss=_trial(config))
+        with share.keeping_gradients(model):
+            profile = profile_layers(model, sample, loss=_trial(config))
     except (ValueError, RuntimeError) as error:
         raise UnpredictableError(
             f"segments: the activations of {type(model).__name__} cannot be predicted ({_first_line(error)}); "

@@ -1,6 +1,10 @@
-"""Models whose weights are sharded over the ranks by FSDP2: one unit per layer, and one for embedding, norm and heads.
+"""Models whose weights are sharded over the ranks by FSDP2: one unit per layer, and one for all that is not a layer's.
 
     gradient of a weight = sum over ranks of the gradients of their losses, each divided by counts over all ranks
+
+With bf16 the matrices of layers are gathered in bfloat16, which is what autocast makes of them in one process. All else
+stays as it is: the residual stream, embedding and heads, and the vectors of layers (norms, biases), which are few and
+belong to the unit outside. So several ranks compute what one computes, and gradients are summed in float32.
 
 The trainer's losses use the head's weight beside the model (nova_train.model), so they run inside the root's forward,
 where it is whole. Generation asks for all weights at once: they are gathered once, not once per token.
@@ -9,7 +13,7 @@ where it is whole. Generation asks for all weights at once: they are gathered on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -24,26 +28,41 @@ ResultT = TypeVar("ResultT")
 
 
 class _Root(nn.Module):
-    """Runs a function while the model's own weights (not those of its layers) are whole."""
+    """Runs a function while the weights `outside` are whole."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, outside: list[nn.Parameter]) -> None:
         super().__init__()
         self.model = model
+        self.outside = nn.ParameterList(outside)  # beside their places in the layers: there FSDP2 would not find them
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
+
+
+def outside_layers(model: nn.Module) -> list[nn.Parameter]:
+    """Weights that stay whole while a model runs, in its own dtype: embedding, norms, heads, and biases of layers."""
+    inside = {id(p) for layer in layers_of(model, "sequence_parallel_size") for p in matrices(layer)}
+    return [p for p in model.parameters() if id(p) not in inside]
+
+
+def matrices(layer: nn.Module) -> list[nn.Parameter]:
+    """Weights of a layer that are gathered when it runs: those of two or more dimensions."""
+    return [p for p in layer.parameters() if p.ndim > 1]
 
 
 def shard(model: nn.Module, mesh: Mesh, *, bf16: bool) -> None:
     """Shard a model in place over all ranks; nothing on a mesh of one."""
     if mesh.all_ranks is None:
         return
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
-    options: dict[str, Any] = {"mesh": mesh.all_ranks, **({} if policy is None else {"mp_policy": policy})}
+    reduced = torch.float32 if bf16 else None
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=reduced, cast_forward_inputs=False
+    )
+    outside = outside_layers(model)
     for layer in layers_of(model, "sequence_parallel_size"):
-        fully_shard(layer, **options)
-    root = _Root(model)
-    fully_shard(root, **options)
+        fully_shard(layer, mesh=mesh.all_ranks, mp_policy=policy, ignored_params=set(outside))
+    root = _Root(model, outside)
+    fully_shard(root, mesh=mesh.all_ranks, mp_policy=MixedPrecisionPolicy(reduce_dtype=reduced))
     for unit in root.modules():
         if isinstance(unit, FSDPModule):  # a sum: an average of three ranks, times three, is rounded in float32
             unit.set_gradient_divide_factor(1.0)
@@ -66,7 +85,11 @@ def with_weights(model: nn.Module, function: Callable[..., ResultT], *args: Any)
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """All weights are whole on every rank inside the `with`; each may then call the model as often as it likes."""
+    """All weights are whole on every rank inside the `with`; each may then call the model as often as it likes.
+
+    With bf16 the model's body runs under autocast there, as it does in training, on any number of ranks; its head, as
+    there, does not.
+    """
     root = getattr(model, "_root", None)
     units = [] if root is None else [module for module in root.modules() if isinstance(module, FSDPModule)]
     if is_sharded(model):
@@ -75,11 +98,28 @@ def gathered(model: nn.Module) -> Iterator[None]:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        with _body_in_autocast(model) if getattr(model, "_autocast", False) else nullcontext():
+            yield
     finally:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+@contextmanager
+def _body_in_autocast(model: Any) -> Iterator[None]:
+    """Every forward of the model's body enters autocast, as the trainer's own do."""
+    body = model.base_model
+    before = vars(body).get("forward")
+    device = next(body.parameters()).device.type
+    body.forward = torch.autocast(device, dtype=torch.bfloat16)(body.forward)
+    try:
+        yield
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before
 
 
 def full_tensor(value: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ Weights are sharded over all N ranks by FSDP2 (sharding.py), rows of T tokens ov
 
     weights, gradients, moments      ceil(rows / N) of every matrix
     activations                      of ceil(T / sp) tokens
-    whole for a whole micro-batch    embedding, norm and head; their gradient from the loss on
-    whole for a moment               layers, as nova_kernels.checkpoint counts them (FSDP); one more at the loss
-    attention on sp ranks            output by heads and by tokens, and copies of key heads
+    whole for a whole micro-batch    embedding, norms, heads and biases; their gradients as they come
+    whole for a moment               layers, as nova_kernels.checkpoint counts them (FSDP); one at the loss
+    attention on sp ranks            on a GPU its output by heads and by tokens; copies of key heads
 
 The numbers are those of the rank that holds most, so that all ranks make one plan of them.
 """
@@ -14,9 +14,10 @@ The numbers are those of the rank that holds most, so that all ranks make one pl
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,7 +26,10 @@ from nova_kernels.checkpoint import FSDP, Chain, LayerCost, layers_of
 from nova_kernels.ulysses import HeadPlan
 from nova_train.config import TrainConfig, launched_ranks
 from nova_train.model import pick_device
+from nova_train.sharding import matrices, outside_layers
 from nova_train.values import parse_bytes
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 GPU_SHARE, CPU_SHARE = 0.9, 0.5  # of the device's memory, where no memory_budget is given
 
@@ -56,71 +60,97 @@ class Share:
         """Elements of these parameters; FSDP2 cuts their first dimension and rounds up."""
         return sum(-(-p.shape[0] // self.ranks) * p.shape[1:].numel() if p.ndim else 1 for p in parameters)
 
-    def gathered_bytes(self, model: nn.Module, bf16: bool) -> int:
-        """What stays whole while a model runs: all but its layers."""
-        return 0 if self.ranks == 1 else _bytes(_outside(model), bf16)
+    def gathered_bytes(self, model: nn.Module) -> int:
+        """What stays whole while a model runs."""
+        return 0 if self.ranks == 1 else self._whole_bytes(outside_layers(model))
+
+    def as_gathered(self, model: ModelT, bf16: bool) -> ModelT:
+        """The same model of fake tensors, in the dtypes that a rank of several sees: its layers' matrices differ."""
+        for layer in layers_of(model, "sequence_parallel_size") if self.ranks > 1 and bf16 else []:
+            for module in layer.modules():
+                for name, p in list(module.named_parameters(recurse=False)):
+                    if p.ndim > 1:
+                        setattr(module, name, nn.Parameter(p.detach().bfloat16(), requires_grad=p.requires_grad))
+        return model
+
+    @contextmanager
+    def keeping_gradients(self, model: nn.Module) -> Iterator[None]:
+        """Inside the `with` gradients of weights are new and stay, as FSDP2 has them before they are summed."""
+        kept: list[torch.Tensor] = []
+        trained = [] if self.ranks == 1 else _trained(model.parameters())
+        hooks = [p.register_hook(kept.append) for p in trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def chain(self, chain: Chain, model: nn.Module, row: int, config: TrainConfig) -> Chain:
-        """The costs of `tokens(row)` tokens, as they are on a rank of several."""
+        """The costs of `tokens(row)` tokens of a model `as_gathered`, as they are on a rank of several.
+
+        Args:
+            chain: measured with `keeping_gradients`.
+        """
         if self.ranks == 1:
             return chain
-        bf16 = config.bf16
-        layers = [self._layer(layer, model, row, bf16) for layer in chain.layers]
-        if bf16:  # gradients are summed in float32: what waits to be sent is twice as large
-            above = [*chain.layers[1:], replace(chain.layers[-1], weights=0)]
-            layers = [
-                replace(one, backward=one.backward + up.weights, recompute_cut=one.recompute_cut + up.weights)
-                for one, up in zip(layers, above, strict=True)
-            ]
-        outside = _outside(model)
-        gradient = _bytes(_trained(outside), bf16)
-        head = _bytes(_trained([p for p in outside if p is _head(model)]), bf16)
-        sent = gradient * (2 if bf16 else 1)
-        first, last = chain.layers[0].weights * (2 if bf16 else 1), chain.layers[-1].weights
+        modules = layers_of(model, "sequence_parallel_size")
+        layers = tuple(
+            self._sharded(self._exchanged(cost, model, row, config), matrices(module), config.bf16)
+            for cost, module in zip(chain.layers, modules, strict=True)
+        )
+        first, last = layers[0].summed, layers[-1].weights
+        outside = outside_layers(model)
+        # In the end the weights outside are gone as well, when their gradients are summed.
+        summed = self._whole_bytes(_trained(outside)) + self._sent_bytes(outside, config.bf16)
         return replace(
             chain,
-            layers=tuple(layers),
+            layers=layers,
             loss=chain.loss + last,
             under_autocast=chain.under_autocast + last,
-            after_loss=chain.after_loss + head,
-            embedding=max(chain.embedding + head + first, gradient + sent + sent // self.ranks),
+            embedding=max(chain.embedding + first, summed - self._whole_bytes(outside)),
         )
 
-    def _layer(self, layer: LayerCost, model: Any, row: int, bf16: bool) -> LayerCost:
-        """A layer whose attention is exchanged with the ranks of its group."""
+    def _sharded(self, cost: LayerCost, weights: list[nn.Parameter], bf16: bool) -> LayerCost:
+        return replace(
+            cost,
+            weights=self._whole_bytes(weights),
+            gradients=self._whole_bytes(_trained(weights)),
+            sent=self._sent_bytes(weights, bf16),
+            backward_sharded=cost.backward,
+        )
+
+    def _exchanged(self, layer: LayerCost, model: Any, row: int, config: TrainConfig) -> LayerCost:
+        """A layer whose attention is exchanged with the ranks of its group: it keeps some heads of all tokens.
+
+        Beside what attention keeps, its output is kept by tokens, as it is without ranks. On a GPU attention keeps its
+        own as well: without ranks that is the same tensor.
+        """
         if self.sp == 1:
             return layer
         settings = model.config.get_text_config()
         heads = settings.num_attention_heads
         kv_heads = getattr(settings, "num_key_value_heads", None) or heads
         width = getattr(settings, "head_dim", None) or settings.hidden_size // heads
-        element = 2 if bf16 else model.dtype.itemsize
         plan = HeadPlan.build(heads, kv_heads, self.sp)
-        by_heads = max(len(plan.q_heads(rank)) + len(plan.kv_heads(rank)) for rank in range(self.sp))
-        more = element * width * (2 * row * by_heads + self.tokens(row) * (heads - 2 * heads - 2 * kv_heads))
-        more = max(more, 0)
+        outputs = 1 if pick_device(config.device) == "cuda" else 0
+        by_heads = max((1 + outputs) * len(plan.q_heads(p)) + 2 * len(plan.kv_heads(p)) for p in range(self.sp))
+        element = 2 if config.bf16 else model.dtype.itemsize
+        more = max(0, element * width * (row * by_heads - self.tokens(row) * (heads + 2 * kv_heads)))
         return replace(
             layer, saved=layer.saved + more, recompute=layer.recompute + more, recompute_cut=layer.recompute_cut + more
         )
 
+    def _whole_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Of gathered weights, or their gradients: the parts of all ranks, with what fills up the last."""
+        return self.ranks * sum(self.numel([p]) * p.element_size() for p in parameters)
 
-def _outside(model: nn.Module) -> list[nn.Parameter]:
-    inside = {id(p) for layer in layers_of(model, "sequence_parallel_size") for p in layer.parameters()}
-    return [p for p in model.parameters() if id(p) not in inside]
+    def _sent_bytes(self, parameters: Iterable[nn.Parameter], bf16: bool) -> int:
+        """Of the buffer in which gradients are summed, in float32 with bf16."""
+        return self.ranks * sum(self.numel([p]) * (4 if bf16 else p.element_size()) for p in _trained(parameters))
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in parameters if p.requires_grad]
-
-
-def _bytes(parameters: Iterable[nn.Parameter], bf16: bool) -> int:
-    return sum(p.numel() * (torch.bfloat16.itemsize if bf16 else p.element_size()) for p in parameters)
-
-
-def _head(model: Any) -> Any:
-    """What the loss multiplies hidden states with: the LM head, or that of a reward model."""
-    head = model.get_output_embeddings()
-    return (model.score if head is None else head).weight
 
 
 def device_budget(config: TrainConfig) -> int:

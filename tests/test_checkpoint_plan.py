@@ -37,7 +37,10 @@ def random_layer(rng: random.Random) -> LayerCost:
         recompute=rng.randint(60, 120),
         recompute_cut=rng.randint(0, 60),
         backward=rng.randint(0, 60),
-        weights=rng.randint(0, 30),
+        weights=(weights := rng.randint(0, 30)),
+        gradients=(gradients := rng.choice([None, 0, weights])),
+        sent=None if gradients is None else rng.choice([1, 2]) * gradients,  # twice in another dtype
+        backward_sharded=rng.choice([None, 60 + rng.randint(0, weights)]),
         flops=flops,
         tail_flops=rng.randint(0, flops),
     )
@@ -231,6 +234,25 @@ def test_unsharded_layers_count() -> None:
         assert (hold.all_gathers, hold.unsharded_layers) == ((12, 12), max(k, 2))
         assert (again.all_gathers, again.unsharded_layers) == ((12, 12 + 12 - 12 // k), min(max(k, 2), 3))
         assert again.reshard and not hold.reshard
+
+
+def test_gradients_on_their_way_count() -> None:
+    """Three layers, each a segment: weights of 10, gradients of 8 that leave in a buffer of 16, nothing else.
+
+    When the backward of a layer begins: itself, the buffer it came in, and the gradients of the one above on their way.
+    While it runs: the next one in place of the buffer, and half of its gradients. At its end: the next one, its
+    gradients and their buffer. Frozen weights are gathered and leave nothing.
+    """
+    layer = LayerCost(boundary=0, saved=0, saves_input=True, forward=0, recompute=0, recompute_cut=0, backward=0)
+    trained = replace(layer, weights=10, gradients=8, sent=16, backward_sharded=4)
+
+    def needed(*layers: LayerCost) -> list[int]:
+        plan = SegmentPlan.of(Chain(layers=layers), [1] * len(layers), fsdp=FSDP())
+        return [segment.backward for segment in plan.cost.segments]
+
+    assert needed(trained, trained, trained) == [10 + 10 + 16, 10 + 10 + 4 + 16, 10 + 8 + 16]
+    frozen = replace(trained, gradients=0, sent=0, backward_sharded=0)
+    assert needed(trained, frozen, trained) == [8 + 16, 10 + 10 + 16, 10 + 8 + 16]
 
 
 def test_work_beyond_64_bits_is_planned_the_same() -> None:

@@ -12,8 +12,15 @@ While segment j runs backward, the bytes that segments 0 .. j - 1 keep are alive
     nested    keeps its boundary; needs the inputs of its layers up to l, and saved and backward of l alone
     offload   keeps nothing on the device; needs what a segment needs, and its boundary one segment earlier
 
-With FSDP2 the layers that are whole count as well: all that a segment has computed again, those gathered ahead, and
-two buffers. Plain integers; nothing here knows of tensors. docs/kernels/checkpoint.md has the derivation.
+With FSDP2 the layers that are whole count as well, and the buffers in which weights come and gradients go:
+
+    computed again   all layers that the segment has so far, the one that waits for backward, those gathered ahead,
+                     and the buffer in which the layer came
+    backward         the same without that buffer, and the layer's gradients so far
+    then             its gradients and the buffer in which they are summed; its weights are gone
+    both first       the buffer of the layer above, until its sum is done
+
+Plain integers; nothing here knows of tensors. docs/kernels/checkpoint.md has the derivation.
 """
 
 from __future__ import annotations
@@ -39,10 +46,23 @@ class LayerCost:
     recompute_cut: int  # the same up to the last tensor saved, where a second pass ends
     backward: int  # most alive in backward above `saved` and the input; the gradient that comes in counts
     copies: int = 0  # of `saved`: weights in another dtype, which autocast holds until it ends in any case
-    weights: int = 0  # its parameters
+    weights: int = 0  # its parameters, as FSDP2 gathers them
+    gradients: int | None = None  # theirs, before they are summed over ranks; None: as large as the weights
+    sent: int | None = None  # the buffer in which they are summed; None: as large as the weights
+    backward_sharded: int | None = None  # `backward` with these gradients as they come; None: with all, all along
     flops: int = 1  # of one forward pass
     tail_flops: int = 0  # of those, behind the last tensor saved: a second pass leaves them out
     saves: bool = True  # whether autograd saves anything of it: of layers below the first trained parameter it does not
+
+    @property
+    def new_gradients(self) -> int:
+        """Of its weights."""
+        return self.weights if self.gradients is None else self.gradients
+
+    @property
+    def summed(self) -> int:
+        """The buffer in which they are summed over ranks."""
+        return self.weights if self.sent is None else self.sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,11 +218,12 @@ def _kept(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> SegmentCost
     before = _copies(chain, start)
     for index in range(start, stop):
         layer = chain.layers[index]
-        whole = layer.boundary + _held(chain, index) + _ahead(chain, index, fsdp)
+        whole = layer.boundary + _held(chain, index) + _in_forward(layer, fsdp)
         forward = max(forward, before + kept + layer.recompute + whole)
-        kept += layer.saved + layer.boundary * layer.saves_input
+        earlier, kept = kept, kept + layer.saved + layer.boundary * layer.saves_input
         if layer.saves or layer.backward:
-            backward = max(backward, kept + layer.backward + _whole(chain, index, index, index, fsdp))
+            gathered = kept + _arriving(chain, index, fsdp)
+            backward = max(backward, gathered, _layer_backward(chain, index, index, earlier, kept, fsdp))
     copies = sum(layer.copies for layer in chain.layers[start:stop])
     return SegmentCost(forward=forward, backward=backward, kept=kept, copies=copies)
 
@@ -213,7 +234,7 @@ def _forward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     for index in range(start, stop):
         layer = layers[index]
         hidden = layers[start].boundary + (layer.boundary if index > start else 0)
-        peak = max(peak, hidden + copies + layer.forward + _ahead(chain, index, fsdp))
+        peak = max(peak, hidden + copies + layer.forward + _in_forward(layer, fsdp))
         copies += layer.copies
     return peak + _held(chain, start)
 
@@ -222,21 +243,21 @@ def _backward(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     """Most alive while a segment is computed again, and then while its layers run backward."""
     layers, gradient = chain.layers, _incoming(chain, stop)
     alive = layers[start].boundary
-    peak = 0
+    peak = alive + _arriving(chain, stop - 1, fsdp)
     for index in range(start, stop):
         layer = layers[index]
         hidden = layer.boundary if index > start else 0
         again = layer.recompute if index < stop - 1 else layer.recompute_cut
         peak = max(peak, alive + hidden + again + gradient + _whole(chain, start, index, stop - 1, fsdp))
-        alive += layer.saved + hidden * layer.saves_input
-        peak = max(peak, alive + layer.backward + _whole(chain, start, index, index, fsdp))
+        earlier, alive = alive, alive + layer.saved + hidden * layer.saves_input
+        peak = max(peak, _layer_backward(chain, start, index, earlier, alive, fsdp))
     return peak
 
 
 def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> int:
     """Most alive while the inputs of a segment's layers are computed again, and then one layer after the other."""
     layers, gradient = chain.layers, _incoming(chain, stop)
-    inputs = peak = 0
+    inputs, peak = 0, layers[start].boundary + _arriving(chain, stop - 1, fsdp)
     for index in range(start, stop):
         layer = layers[index]
         kept = layer.saves or index == start  # the first input is kept in any case
@@ -245,9 +266,22 @@ def _backward_nested(chain: Chain, start: int, stop: int, fsdp: FSDP | None) -> 
             hidden = layer.boundary * (not kept)
             peak = max(peak, inputs + hidden + layer.forward + gradient + _whole(chain, start, index, stop - 1, fsdp))
         again = layer.recompute_cut + gradient if layer.saves else 0
-        alone = max(again, layer.saved + layer.backward)
-        peak = max(peak, inputs + alone + _whole(chain, start, index, index, fsdp))
+        peak = max(peak, inputs + again + _whole(chain, start, index, index, fsdp))
+        peak = max(peak, _layer_backward(chain, start, index, inputs, inputs + layer.saved, fsdp))
     return peak
+
+
+def _layer_backward(chain: Chain, start: int, index: int, before: int, alive: int, fsdp: FSDP | None) -> int:
+    """Most alive while a layer runs backward, and its gradients leave; `alive` then, and `before` without the layer."""
+    layer = chain.layers[index]
+    if fsdp is None:
+        return alive + layer.backward
+    own = layer.backward_sharded
+    running = alive + (layer.backward + layer.new_gradients if own is None else own)
+    leaving = before + layer.boundary + layer.new_gradients + layer.summed
+    whole = _whole(chain, start, index, index, fsdp)
+    above = chain.layers[index + 1].summed if index + 1 < len(chain.layers) else 0
+    return max(running + whole, leaving + whole - layer.weights - above)
 
 
 def _held(chain: Chain, start: int) -> int:
@@ -265,26 +299,35 @@ def _incoming(chain: Chain, stop: int) -> int:
     return chain.layers[min(stop, len(chain.layers) - 1)].boundary
 
 
-def _ahead(chain: Chain, index: int, fsdp: FSDP | None) -> int:
-    """Weights that FSDP2 has whole while a layer runs forward: its own, and those gathered ahead."""
-    return 0 if fsdp is None else sum(layer.weights for layer in chain.layers[index : index + fsdp.prefetch + 1])
+def _in_forward(layer: LayerCost, fsdp: FSDP | None) -> int:
+    """Weights that FSDP2 has while a layer runs forward: its own, and the buffer in which they came."""
+    return 0 if fsdp is None else 2 * layer.weights
+
+
+def _arriving(chain: Chain, index: int, fsdp: FSDP | None) -> int:
+    """What is there when the backward of a layer begins: its gradient, weights, and the buffer in which they came."""
+    if fsdp is None:
+        return 0
+    above = chain.layers[index + 1].summed if index + 1 < len(chain.layers) else 0
+    return _incoming(chain, index + 1) + 2 * chain.layers[index].weights + above
 
 
 def _whole(chain: Chain, start: int, index: int, top: int, fsdp: FSDP | None) -> int:
-    """Weights and full gradients that FSDP2 has at hand while layer `index` is computed again, or runs backward.
+    """Weights that FSDP2 has at hand while layer `index` is computed again, or runs backward.
 
     `top` is the layer whose backward has begun: the segment's last one while others are computed again, else `index`.
     Whole are both, what the segment has computed before (unless sharded again), and what is gathered ahead of `top`.
-    On top of that come a copy of one layer (its gather is copied out, or its gradient) and the gradient of the layer
-    above, which is still being reduced.
+    On top of that come the buffer of a layer that was just gathered, and the gradients of the layer above, which are
+    still being summed.
     """
     if fsdp is None:
         return 0
     layers = chain.layers
     whole = {index, top} if fsdp.reshard else {*range(start, index + 1), top}
     whole |= set(range(max(0, top - fsdp.prefetch), top))
-    reduced = layers[top + 1].weights if top + 1 < len(layers) else 0
-    return sum(layers[each].weights for each in whole) + layers[index].weights + reduced
+    arrived = layers[index].weights if index < top else 0
+    summed = layers[top + 1].summed if top + 1 < len(layers) else 0
+    return sum(layers[each].weights for each in whole) + arrived + summed
 
 
 def check_plan(num_layers: int, bounds: Sequence[int], actions: Sequence[str]) -> None:

@@ -50,7 +50,9 @@ class Program:
         self._host = host
         self._limit = None if host is None else host.host_bytes
         # By how much a longer segment may need less: what belongs to the layer behind it is smaller, or not there.
-        self._slack = max(layer.boundary + (0 if fsdp is None else layer.weights) for layer in chain.layers)
+        self._slack = max(
+            layer.boundary + (0 if fsdp is None else layer.weights + layer.summed) for layer in chain.layers
+        )
         waits = sum(self._host_waits(layer.boundary) for layer in chain.layers)
         self._unit = max(1, (2 * chain.flops + waits) // MOST_TIME)  # FLOPs of one step in time
         self._steps: dict[tuple[int, int], list[_Step]] = {}
