@@ -31,9 +31,12 @@ def _case(
     return kernel, types, constants, NUM_WARPS
 
 
-CASES = [
-    _case(kernel, dtype, width, angles)
-    for kernel in ("_pack", "_unpack")
-    for dtype, width in (("bf16", 128), ("bf16", 96), ("bf16", 256), ("fp16", 128), ("fp32", 128), ("fp64", 128))
-    for angles in dict.fromkeys((None, dtype, "fp64" if dtype == "fp64" else "fp32"))
+WAYS = [
+    *(("bf16", 128, angles) for angles in (None, "bf16", "fp32")),
+    ("bf16", 96, "bf16"),
+    ("bf16", 256, "fp32"),
+    ("fp16", 128, "fp16"),
+    *(("fp32", 128, angles) for angles in (None, "fp32")),
+    *(("fp64", 128, angles) for angles in (None, "fp64")),
 ]
+CASES = [_case(kernel, *way) for kernel in ("_pack", "_unpack") for way in WAYS]
