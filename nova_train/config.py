@@ -94,7 +94,7 @@ class TrainConfig:
     attention_backend: str | None = None  # None: the fastest that can run
 
     seed: int = 0
-    num_threads: int = 1  # CPU threads of one process; of ranks on one machine, no more than its part of the CPUs
+    num_threads: int = 1  # CPU threads of one process; ranks that share CPUs take no more than their part
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where there is one
     logging_steps: int = 10  # optimiser steps
     eval_steps: int | None = None  # optimiser steps; None: only at the end

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from nova_train import state
 from nova_train.config import TrainConfig, fingerprint, identity
 from nova_train.memory import MemoryMeter, MemoryPlan
-from nova_train.mesh import Mesh, Repeat, counted, cpu_threads, join
+from nova_train.mesh import Mesh, Repeat, counted, join
 from nova_train.metrics import MetricsLog, Window
 from nova_train.model import pick_device
 from nova_train.optim import Optimizers, learning_rate_factor
@@ -133,7 +133,7 @@ def begin(config: TrainConfig, stage: str) -> Start:
             "them only wait; lower it, or raise global_batch_size or sequence_parallel_size",
             stage, config.step_size(mesh.dp), mesh.dp, config.per_device_train_batch_size,
         )  # fmt: skip
-    torch.set_num_threads(cpu_threads(config.num_threads))
+    torch.set_num_threads(mesh.cpu_threads(config.num_threads))
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -339,13 +339,14 @@ def accumulate_gradients(
                 counts[name] += count
     counts = mesh.total(counts)
     tokens = int(counts.pop(_TOKENS))
+    computed: dict[str, None] = {}  # terms, in order: one of weight 0 may be left out
     for batch, counts_here in map(counted, batches):
         with around(batch.num_tokens):
-            _backward(objective, batch, counts, window, model, factor=float(counts_here))
+            computed |= _backward(objective, batch, counts, window, model, factor=float(counts_here))
     if mesh.is_main:
         window.add("loss", 0.0, 1)
-        for name, count in counts.items():
-            window.add(f"loss/{name}", 0.0, count)
+        for name in computed:
+            window.add(f"loss/{name}", 0.0, counts[name])
     return tokens
 
 
@@ -356,8 +357,12 @@ def _backward(
     window: Window,
     model: nn.Module | None,
     factor: float,
-) -> None:
-    """Forward and backward of one micro-batch, its gradient times a factor; nothing of its graph is left afterwards."""
+) -> dict[str, None]:
+    """Forward and backward of one micro-batch, its gradient times a factor; nothing of its graph is left afterwards.
+
+    Returns:
+        the names of the terms that it has.
+    """
 
     def compute() -> tuple[Mapping[str, Tensor], Mapping[str, tuple[Tensor | float, float]], Mapping[str, Tensor]]:
         terms = objective.terms(batch)
@@ -376,10 +381,11 @@ def _backward(
         if factor:
             window.add("loss", loss, 0)
     if not factor:
-        return
+        return dict.fromkeys(parts)
     for name in parts:
         window.add(f"loss/{name}", sums[name], 0)
     for name, (value, count) in metrics.items():
         window.add(name, value, count)
     for name, value in maxima.items():
         window.add_maximum(name, value)
+    return dict.fromkeys(parts)

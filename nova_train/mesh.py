@@ -9,7 +9,9 @@ what the first rank alone reads or writes, and whether all were given the same.
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nova_kernels.ulysses import TokenPlan
 from nova_train.config import ConfigError, launched_ranks
+
+log = logging.getLogger(__name__)
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -141,6 +145,17 @@ class Mesh:
         dist.all_reduce(found, op=dist.ReduceOp.MAX)
         return bool(found)
 
+    def cpu_threads(self, wanted: int) -> int:
+        """Threads of this process: ranks that may run on the same CPUs divide them, and are told so."""
+        if self.devices is None:
+            return wanted
+        own = socket.gethostname(), usable_cpus()
+        sharing = self.gather(own).count(own)
+        threads = max(1, min(wanted, len(own[1]) // sharing))
+        if threads < wanted and self.is_main:
+            log.warning("num_threads %d: %d, since %d ranks share %d CPUs", wanted, threads, sharing, len(own[1]))
+        return threads
+
     def on_main(self, function: Callable[..., ResultT], *args: Any, **kwargs: Any) -> ResultT:
         """What the first rank alone does; all get its result, and all fail where it does.
 
@@ -250,15 +265,9 @@ def _attempt() -> str:
     return f"attempt {environment.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else 0}"
 
 
-def cpu_threads(wanted: int) -> int:
-    """Threads that this process takes: of several ranks on a machine, each takes no more than its part of the CPUs."""
-    ranks = _local_ranks()
-    return wanted if ranks == 1 else max(1, min(wanted, usable_cpus() // ranks))
-
-
-def usable_cpus() -> int:
+def usable_cpus() -> frozenset[int]:
     """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 def leave() -> None:
@@ -304,13 +313,10 @@ def _heard(store: Any, key: str) -> str | None:
     return str(store.get(key).decode())
 
 
-def _local_ranks() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def _missing_gpus() -> int:
     """How many more GPUs than there are the ranks of this machine need."""
-    return max(0, _local_ranks() - torch.cuda.device_count())
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, ranks - torch.cuda.device_count())
 
 
 def _take_gpu() -> None:

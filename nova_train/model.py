@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -91,7 +91,7 @@ def load_tokenizer(path: str | Path) -> Any:
 def load_causal_lm(
     path: str | Path, config: Arithmetic, *, frozen: bool = False, mesh: Mesh | None = None
 ) -> PreTrainedModel:
-    """A causal LM with varlen attention and dropout off; one that is trained waits for its segments (memory.py).
+    """A causal LM with varlen attention, in evaluation mode; one that is trained waits for its segments (memory.py).
 
     Args:
         mesh: ranks that split its rows; on several, `distribute` shards the weights and places them.
@@ -140,11 +140,24 @@ def distribute(model: PreTrainedModel, config: Arithmetic, mesh: Mesh) -> PreTra
     """
     if mesh.size > 1:
         if not hasattr(model, "_weights_at"):
-            mesh.require_same(f"the weights of {model.name_or_path or type(model).__name__}", _sample_of_weights(model))
+            require_same_weights(model, mesh)
         shard(model, mesh, bf16=config.bf16)
         model.to(pick_device(config.device))
         _read_weights(model)
     return model
+
+
+def require_same_weights(model: PreTrainedModel, mesh: Mesh) -> None:
+    """Compare a model between ranks: each tensor's name, shape and some values; training changes nearly all of them.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        some = tensor.detach().flatten()[:: max(1, tensor.numel() // WEIGHTS_COMPARED)]
+        digest.update(f"{name} {list(tensor.shape)} {some.double().tolist()}\n".encode())
+    mesh.require_same(f"the weights of {model.name_or_path or type(model).__name__}", digest.hexdigest())
 
 
 def model_without_weights(
@@ -161,7 +174,7 @@ def model_without_weights(
     family = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     with place:
         model: PreTrainedModel = family.from_config(shape, dtype=getattr(torch, config.dtype))
-    return _prepared(model, config, Mesh()).train()
+    return _prepared(model, config, Mesh())
 
 
 def give_own_pad_token(model: PreTrainedModel, tokenizer: Any, end_of_turn_id: int) -> None:
@@ -228,14 +241,20 @@ def check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose own logits are not what `lm_head` says (some scale them).
 
     Raises:
-        ConfigError: the largest difference, and what is supported.
+        ConfigError: the largest difference, and what is supported; a model that cannot run without its head.
     """
+    if model.base_model is model:
+        raise ConfigError(
+            f"{type(model).__name__}: its layers cannot be run without its head (base_model is the model itself); take "
+            "a causal language model whose body is a model of its own, such as Llama, Qwen or Mistral"
+        )
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(min(8, model.config.vocab_size), device=device)[None]
     with own_attention(model):
         output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
     head = lm_head(model)
-    logits = torch.nn.functional.linear(output.hidden_states[-1][0].float(), head.weight.float(), head.bias)
+    bias = None if head.bias is None else head.bias.float()
+    logits = torch.nn.functional.linear(output.hidden_states[-1][0].float(), head.weight.float(), bias)
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     own = output.logits[0].float()
@@ -301,15 +320,6 @@ def _without_weights(family: Any, path: str | Path, config: Arithmetic) -> PreTr
     return model
 
 
-def _sample_of_weights(model: PreTrainedModel) -> str:
-    """SHA-256 of every tensor's name, shape and some of its values: training changes nearly all of them."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        some = tensor.detach().flatten()[:: max(1, tensor.numel() // WEIGHTS_COMPARED)]
-        digest.update(f"{name} {list(tensor.shape)} {some.double().tolist()}\n".encode())
-    return digest.hexdigest()
-
-
 def _read_weights(model: PreTrainedModel) -> None:
     if (folder := vars(model).pop("_weights_at", None)) is not None:
         state.read_sharded_weights(folder, model)
@@ -320,7 +330,6 @@ def _placed(model: PreTrainedModel, config: Arithmetic, *, frozen: bool, mesh: M
     if mesh.size == 1:  # more ranks shard it first
         model.to(pick_device(config.device))
         _read_weights(model)
-    model.eval() if frozen else model.train()
     return model.requires_grad_(not frozen)
 
 
@@ -331,16 +340,5 @@ def _prepared(model: PreTrainedModel, config: Arithmetic, mesh: Mesh) -> PreTrai
         model._varlen_attention = use_ulysses(model, mesh.sequence_group, backend=config.attention_backend)
     model._mesh = mesh
     model._autocast = config.bf16
-    _turn_off_dropout(model)
-    return model
-
-
-def _turn_off_dropout(model: PreTrainedModel) -> None:
-    found = False
-    for module in model.modules():
-        for name in ("p", "attention_dropout"):
-            if (isinstance(module, nn.Dropout) or name != "p") and getattr(module, name, False):
-                setattr(module, name, 0.0)
-                found = True
-    if found:
-        log.warning("%s: dropout set to 0; alignment compares log-probabilities of one model", type(model).__name__)
+    # Trained in evaluation mode: no dropout, no noise in a router, so log-probabilities are those of one model.
+    return model.eval()

@@ -6,8 +6,9 @@
 
 The update rule is torch.optim.Muon's. That one works matrix by matrix in bfloat16, which a CPU without bfloat16
 arithmetic emulates: 2.3 s a step for a one-million-parameter model where this one takes 0.03 s (docs/experiments.md).
-Here matrices of one shape go through each step together, in float32 on CPUs and bfloat16 on GPUs. Of sharded weights
-every rank orthogonalises the whole matrix and keeps its part.
+Here matrices of one shape go through each step together, up to TOGETHER elements, in float32 on CPUs and bfloat16 on
+GPUs. Of sharded weights every rank orthogonalises the whole matrix and keeps its part. An update takes about four
+copies of what goes together, when activations are gone.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from nova_train.sharding import full_tensor, like_parameter
 _A, _B, _C = 3.4445, -4.775, 2.0315  # quintic coefficients: singular values go to about 1 fastest, not exactly
 _STEPS = 5
 _EPS = 1e-7
+TOGETHER = 1 << 24  # elements; a matrix that has more goes alone
 
 
 class Muon(torch.optim.Optimizer):
@@ -49,11 +51,17 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(tuple(p.shape), []).append(p)
             for (rows, columns), weights in by_shape.items():
-                updates = torch.stack([full_tensor(self._momentum(p, group["momentum"])) for p in weights])
                 scale = group["lr"] * math.sqrt(max(1.0, rows / columns))
-                for p, update in zip(weights, orthogonalize(updates), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(like_parameter(update.to(p.dtype), p), alpha=-scale)
+                count = max(1, TOGETHER // (rows * columns))
+                for first in range(0, len(weights), count):
+                    self._update(weights[first : first + count], scale, group)
+
+    def _update(self, weights: list[Tensor], scale: float, group: dict[str, Any]) -> None:
+        """One update of weights of one shape."""
+        updates = torch.stack([full_tensor(self._momentum(p, group["momentum"])) for p in weights])
+        for p, update in zip(weights, orthogonalize(updates), strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(like_parameter(update.to(p.dtype), p), alpha=-scale)
 
     def _momentum(self, p: Tensor, mu: float) -> Tensor:
         """The Nesterov update of one weight; its buffer is part of the state."""

@@ -11,6 +11,7 @@ padding or an end-of-text token: the score of an answer is the same alone, padde
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -69,6 +70,19 @@ def load_reward_functions(specs: Sequence[str]) -> list[NamedReward]:
                 f"{REWARD_MODEL!r} is the learned score); rename one function"
             )
     return rewards
+
+
+def source_hashes(rewards: Sequence[NamedReward]) -> dict[str, str]:
+    """SHA-256 of the file of each function; "" where it has none."""
+    hashes = {}
+    for reward in rewards:
+        made = reward.function if inspect.isroutine(reward.function) else type(reward.function)
+        try:
+            source = inspect.getsourcefile(inspect.unwrap(made))
+        except TypeError:  # built in
+            source = None
+        hashes[reward.name] = "" if source is None else hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    return hashes
 
 
 def call_reward_functions(
@@ -195,10 +209,12 @@ class Judge:
         """Load both kinds; the weights are 1 each unless given. Ranks of a mesh share the reward model's weights.
 
         Raises:
-            ConfigError: the reward model's tokenizer gives other ids than the policy's.
+            ConfigError: the reward model's tokenizer gives other ids than the policy's; ranks have read different
+                functions or models.
             RewardError: a function that cannot be loaded.
         """
         functions = load_reward_functions(reward_funcs)
+        (mesh or Mesh()).require_same("reward_funcs, by the hash of their files", source_hashes(functions))
         model = None
         if reward_model is not None:
             check_same_tokens(chat.tokenizer, load_tokenizer(reward_model), reward_model)

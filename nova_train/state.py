@@ -29,12 +29,12 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as sharded_files
 import yaml
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
-    get_optimizer_state_dict,
     set_model_state_dict,
-    set_optimizer_state_dict,
 )
 
 from nova_train.config import TrainConfig, config_to_dict, identity_of, write_config, write_text
@@ -194,15 +194,31 @@ def read_sharded_weights(folder: Path, model: nn.Module) -> None:
 
 
 def read_sharded_optimizers(folder: Path, model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> None:
-    """The same for optimisers, whose tensors are made first."""
-    found = _moments(model, optimizers)
+    """The same for optimisers: the tensors that were saved, of the weights that had been updated."""
+    weights = dict(model.named_parameters())
+    found: dict[str, dict[str, dict[str, Tensor]]] = {kind: {} for kind in optimizers}
+    for key, saved in FileSystemReader(folder / SHARDED).read_metadata().state_dict_metadata.items():
+        kind, _, rest = key.partition(".")
+        name, _, item = rest.rpartition(".")
+        if kind in found and isinstance(saved, TensorStorageMetadata):
+            like = weights[name]
+            empty = torch.zeros_like(like) if saved.size == like.shape else torch.zeros(saved.size)
+            found[kind].setdefault(name, {})[item] = empty.detach()
     _read(folder, found)
-    for name, optimizer in optimizers.items():
-        set_optimizer_state_dict(model, optimizer, found[name])
+    names: dict[Tensor, str] = {p: name for name, p in weights.items()}
+    for kind, optimizer in optimizers.items():
+        order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+        tensors = {place: found[kind][name] for place, name in enumerate(order) if name in found[kind]}
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": tensors})
 
 
 def _moments(model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]) -> dict[str, Any]:
-    return {name: get_optimizer_state_dict(model, optimizer) for name, optimizer in optimizers.items()}
+    """Tensors by optimiser, weight and name; nothing of weights that have not been updated yet."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    return {
+        kind: {names[p]: dict(tensors) for p, tensors in optimizer.state.items() if tensors}
+        for kind, optimizer in optimizers.items()
+    }
 
 
 def _read(folder: Path, values: dict[str, Any]) -> None:

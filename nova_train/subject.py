@@ -113,7 +113,7 @@ def _measured(name: str, settings: Any, tokens: int, logit_bytes: float) -> Subj
     }
     try:
         use_varlen_attention(model)
-        # Training sets dropout to 0; in evaluation mode layers keep and compute the same without it.
+        # As models are trained: without dropout.
         chain = profile_layers(model.eval(), sample).at(tokens)
     except ValueError as error:
         raise ConfigError(f"model {name}, kernels: measured: {error}") from error

@@ -50,14 +50,14 @@ def test_gpus_need_nccl_and_one_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert taken == [1]
 
 
-def test_ranks_share_the_cpus_of_their_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh, "usable_cpus", lambda: 8)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    assert mesh.cpu_threads(16) == 16
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert [mesh.cpu_threads(wanted) for wanted in (1, 2, 16)] == [1, 2, 2]
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
-    assert mesh.cpu_threads(4) == 1
+def test_ranks_share_the_cpus_that_they_may_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Mesh().cpu_threads(1000) == 1000
+    cpus = {"a": frozenset(range(8)), "b": frozenset(range(8, 12))}
+    monkeypatch.setattr(mesh, "usable_cpus", lambda: cpus["a"])
+    for others, expected in (([], 8), (["a"], 4), (["a", "a"], 2), (["b", "b", "b"], 8), (["a"] * 20, 1)):
+        monkeypatch.setattr(Mesh, "gather", lambda _, own, others=others: [own, *((own[0], cpus[o]) for o in others)])
+        ranks = Mesh(dp=1 + len(others), devices=object())
+        assert [ranks.cpu_threads(wanted) for wanted in (1, 1000)] == [1, expected]
 
 
 def test_every_rank_gets_equally_many_items_and_each_item_counts_once() -> None:

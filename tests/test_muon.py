@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nova_train import muon
 from nova_train.muon import Muon, orthogonalize
 
 
@@ -43,3 +44,24 @@ def test_zero_gradients_give_zero_updates_and_vectors_are_refused() -> None:
     assert torch.equal(orthogonalize(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
     with pytest.raises(ValueError, match=r"expected 2-D weights, got one of shape \[5\]"):
         Muon([torch.nn.Parameter(torch.ones(5))], lr=0.1)
+
+
+def test_few_matrices_at_a_time_give_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, sizes = [], []
+    start, gradients = torch.randn(2, 5, 6, 4, dtype=torch.float64)
+
+    def counted(matrices: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(matrices))
+        return orthogonalize(matrices)
+
+    monkeypatch.setattr(muon, "orthogonalize", counted)
+    for together in (muon.TOGETHER, 2 * 6 * 4, 1):
+        monkeypatch.setattr(muon, "TOGETHER", together)
+        weights = [torch.nn.Parameter(w.clone()) for w in start]
+        for w, gradient in zip(weights, gradients, strict=True):
+            w.grad = gradient.clone()
+        Muon(weights, lr=0.1).step()
+        results.append(torch.stack([w.detach() for w in weights]))
+    assert sizes == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=0, atol=1e-6)

@@ -206,7 +206,7 @@ def test_dropout_is_off_as_in_training(family: str, tmp_path: Path) -> None:
     subject = subject_of(model=str(path), kernels="measured", tokens=512)
     arithmetic = SimpleNamespace(dtype="bfloat16", bf16=False, attention_backend=None, device="cpu")
     model = model_without_weights(path, arithmetic, torch.device("meta"))
-    assert model.training
+    assert not model.training
     ids = torch.zeros(1, 64, dtype=torch.int64, device="meta")
     bounds = torch.tensor([0, 64], dtype=torch.int32)
     packed = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 64, "max_length_k": 64}

@@ -108,7 +108,9 @@ def terms(folder: Path, pairs: list[Pair], alpha: float = 0.7) -> tuple[float, d
     objective = reward.PairwiseAndAbsolute(model, None, {"bt": 1.0, "score": alpha, "lm": 0.0})
     window = Window()
     accumulate_gradients(objective, [reward.collate_pairs(pairs, {})], window)
-    return window.figures()["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    figures = window.figures()
+    assert "loss/bt" in figures and "loss/lm" not in figures, "a term of weight 0 is not computed"
+    return figures["loss"], {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def test_the_loss_is_equation_one(folder: Path) -> None:

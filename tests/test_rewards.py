@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nova_train.rewards import (
     columns_of,
     load_reward_functions,
     score_sequences,
+    source_hashes,
     total_rewards,
 )
 from nova_train.rollout import Completion
@@ -59,6 +61,15 @@ def test_functions_from_a_file_and_a_module(tmp_path: Path) -> None:
     scores = call_reward_functions(loaded, [prompt("a", answer="7", format="plain")] * 2, ["7", "no"], [[1], [1, 2]])
     assert scores["shortness"].tolist() == [-1.0, -2.0]
     assert scores["score"].tolist() == [1.0, 0.3]
+
+
+def test_functions_are_known_by_the_files_they_are_in(tmp_path: Path) -> None:
+    hashes = []
+    for text in ("def f(prompts): return 1", "def f(prompts): return 2", "def f(prompts): return 1"):
+        (tmp_path / "f.py").write_text(text)
+        hashes.append(source_hashes(load_reward_functions([f"{tmp_path / 'f.py'}:f"])))
+    assert hashes[0] == hashes[2] != hashes[1] and hashes[0]["f"]
+    assert source_hashes([NamedReward("built-in", len), NamedReward("object", partial(len))])["built-in"] == ""
 
 
 @pytest.mark.parametrize(

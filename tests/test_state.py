@@ -114,3 +114,27 @@ def test_two_writers_never_share_a_temporary_name(tmp_path: Path, monkeypatch: p
         state.mark_finished(tmp_path, "abc")
         state.claim_folder(config(tmp_path), "sft")
     assert len(set(names)) == 4, "process ids are equal on two hosts"
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_optimisers_in_parts_keep_what_there_is_and_make_nothing(tmp_path: Path) -> None:
+    """Of weights that were never updated there is nothing to save, and saving must not count as a step."""
+
+    def made() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
+        model = torch.nn.Linear(3, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+
+    model, optimizer = made()
+    for name in ("never", "once"):
+        state.write_sharded(tmp_path / name, model, {"adamw": optimizer})
+        assert [len(entry) for entry in optimizer.state.values()] == ([] if name == "never" else [3])
+        found, again = made()
+        state.read_sharded_weights(tmp_path / name, found)
+        state.read_sharded_optimizers(tmp_path / name, found, {"adamw": again})
+        assert torch.equal(found.weight, model.weight)
+        for weight, other in zip(model.parameters(), found.parameters(), strict=True):
+            saved, read = optimizer.state.get(weight, {}), again.state.get(other, {})
+            assert saved.keys() == read.keys()
+            assert all(torch.equal(read[key], value) for key, value in saved.items())
+        model.weight.grad = torch.ones_like(model.weight)  # the bias never has one
+        optimizer.step()

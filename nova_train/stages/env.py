@@ -21,7 +21,7 @@ def environment_report() -> str:
         ("nova-kernels", _version("nova-kernels")),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in (*_REQUIRED, *_OPTIONAL)),
-        ("cpu", f"{usable_cpus()} usable; torch alone would take {torch.get_num_threads()} threads"),
+        ("cpu", f"{len(usable_cpus())} usable; torch alone would take {torch.get_num_threads()} threads"),
         *_devices(),
         *((name, os.environ.get(name, "not set")) for name in (ENVIRONMENT_VARIABLE, "OMP_NUM_THREADS")),
     ]

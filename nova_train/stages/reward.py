@@ -43,6 +43,7 @@ from nova_train.model import (
     load_tokenizer,
     mesh_of,
     own_tokens,
+    require_same_weights,
 )
 from nova_train.rewards import last_token_rewards
 from nova_train.samples import Pair, preference_pairs
@@ -202,7 +203,7 @@ def run(config: RewardConfig) -> Path:
 
     objective = PairwiseAndAbsolute(
         model,
-        _untied_head(source, config) if config.lm_loss_weight > 0 else None,
+        _untied_head(source, config, start.mesh) if config.lm_loss_weight > 0 else None,
         {"bt": 1.0, "score": config.score_loss_weight, "lm": config.lm_loss_weight},
     )
     loop.train(
@@ -256,9 +257,10 @@ def _read_pairs(names: Sequence[str], chat: Chat, config: RewardConfig) -> list[
     return preference_pairs(rows, chat, config.max_length, config.overlong, on_bad_row=config.on_bad_row)
 
 
-def _untied_head(path: str, config: RewardConfig) -> Head | None:
+def _untied_head(path: str, config: RewardConfig, mesh: Mesh) -> Head | None:
     """The starting model's LM head, frozen, where it is more than the input embeddings; None where it is not."""
     model = load_causal_lm(path, config, frozen=True)
+    require_same_weights(model, mesh)
     check_head(model)
     head = lm_head(model)
     plain = model.config.tie_word_embeddings and head.bias is None and head.softcap is None
