@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -21,8 +22,11 @@ from nova_kernels.checkpoint import (
     simulate,
     uniform_segments,
 )
-from nova_kernels.checkpoint.cost import segment_cost
+from nova_kernels.checkpoint.cost import SegmentCost, segment_cost
 
+NOTHING = LayerCost(
+    boundary=0, saved=0, saves_input=False, forward=0, recompute=0, recompute_cut=0, backward=0, gradients=0, sent=0
+)
 SLOW_LINK = {"flops_per_second": 1e6, "bytes_per_second": 1e6, "latency_seconds": 1e-6}
 
 
@@ -46,8 +50,17 @@ def random_layer(rng: random.Random) -> LayerCost:
     )
 
 
-def random_chain(rng: random.Random, num_layers: int) -> Chain:
-    layers = [random_layer(rng) for _ in range(num_layers)]
+def uneven_layer(rng: random.Random) -> LayerCost:
+    """Frozen or trained; some with far larger weights than others, or far dearer to compute again."""
+    recompute, trained = rng.choice([0, 0, 300]), rng.random() < 0.6
+    layer = replace(random_layer(rng), saved=0, copies=0, backward=0, backward_sharded=0, forward=recompute // 2)
+    layer = replace(layer, recompute=recompute, recompute_cut=rng.choice([0, recompute]))
+    weights, sent = (rng.choice([0, rng.randint(0, most)]) for most in (100, 200))
+    return replace(layer, weights=weights, gradients=None if trained else 0, sent=sent * trained)
+
+
+def random_chain(rng: random.Random, num_layers: int, layer: Callable[..., LayerCost] = random_layer) -> Chain:
+    layers = [layer(rng) for _ in range(num_layers)]
     for index in range(min(num_layers, rng.choice([0, 0, 1, 3]))):  # frozen ones at the bottom
         layers[index] = replace(layers[index], saves=False, saved=0, saves_input=False, copies=0, backward=0)
     return Chain(
@@ -137,6 +150,48 @@ def test_equal_to_brute_force_over_every_plan(seed: int) -> None:
     host = rng.choice([None, Host(**SLOW_LINK, host_bytes=rng.randint(0, 60))])
     fsdp = rng.choice([None, FSDP(), FSDP(prefetch=0), FSDP(reshard=True)])
     assert_optimal(random_chain(rng, rng.randint(1, 5)), allow, fsdp, host)
+
+
+@pytest.mark.parametrize("seed", range(160))
+def test_equal_to_brute_force_with_sharded_layers_of_unequal_size(seed: int) -> None:
+    rng = random.Random(seed)
+    allow: tuple[Action, ...] = rng.choice([("segment",), ("nested",), ("segment", "nested")])
+    chain = random_chain(rng, rng.randint(3, 6), uneven_layer)
+    assert_optimal(chain, allow, FSDP(prefetch=rng.randint(1, 3), reshard=rng.random() < 0.5))
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_a_longer_segment_may_need_far_less(prefetch: int) -> None:
+    """The first layer needs an input of 30 and 1,000 when it is computed again; the rest depends on the segment's end.
+
+    Behind its p + 1 neighbours a gradient of 30 waits, sums of 100 leave, and those neighbours of 50 each are whole.
+    One layer before the end there is nothing of that. The last layer adds its own weights of 1.
+    """
+    light = replace(NOTHING, boundary=30)
+    heavy, sums = replace(light, weights=50), replace(light, sent=100)
+    first, last = replace(light, recompute=1000, recompute_cut=1000), replace(NOTHING, weights=1)
+    chain = Chain(layers=(first, *[heavy] * (prefetch + 1), sums, *[light] * prefetch, last))
+    stops = prefetch + 2, len(chain.layers) - 1, len(chain.layers)
+    needed = [segment_cost(chain, 0, stop, "segment", fsdp=FSDP(prefetch=prefetch)).backward for stop in stops]
+    assert needed == [1030 + 30 + 100 + 50 * (prefetch + 1), 1030, 1030 + 1]
+    assert plan_segments(chain, allow=["segment"], fsdp=FSDP(prefetch=prefetch)).bounds == (0, *stops[1:])
+
+
+def test_a_trained_layer_behind_large_frozen_ones() -> None:
+    layer = replace(NOTHING, boundary=5, saved=10, forward=20, backward_sharded=20)
+    costs = (60, 100, 0), (5, 300, 0), (20, 20, 20)  # weights, recompute, gradients
+    layers = (replace(layer, weights=w, recompute=r, recompute_cut=r, gradients=g, sent=2 * g) for w, r, g in costs)
+    chain = Chain(layers=tuple(layers))
+    for allow in (("segment",), ("segment", "nested")):
+        assert_optimal(chain, allow, FSDP(reshard=True))
+        assert plan_segments(chain, allow=allow, fsdp=FSDP(reshard=True)).predicted_peak_bytes == 345
+
+
+def test_a_plan_is_found_however_large_the_gradients() -> None:
+    """The host holds one input. As the last layer ends: two inputs, two layers, its gradients and their buffer."""
+    chain = Chain(layers=(replace(NOTHING, boundary=8, weights=10, gradients=200, sent=200),) * 3)
+    plan = plan_segments(chain, allow=("offload",), fsdp=FSDP(), host=Host(host_bytes=8))
+    assert (plan.bounds, plan.predicted_peak_bytes) == ((0, 3), 2 * 8 + 2 * 10 + 200 + 200)
 
 
 @pytest.mark.parametrize("allow", [("segment",), ("keep", "segment")], ids="+".join)
@@ -243,8 +298,7 @@ def test_gradients_on_their_way_count() -> None:
     While it runs: the next one in place of the buffer, and half of its gradients. At its end: the next one, its
     gradients and their buffer. Frozen weights are gathered and leave nothing.
     """
-    layer = LayerCost(boundary=0, saved=0, saves_input=True, forward=0, recompute=0, recompute_cut=0, backward=0)
-    trained = replace(layer, weights=10, gradients=8, sent=16, backward_sharded=4)
+    trained = replace(NOTHING, saves_input=True, weights=10, gradients=8, sent=16, backward_sharded=4)
 
     def needed(*layers: LayerCost) -> list[int]:
         plan = SegmentPlan.of(Chain(layers=layers), [1] * len(layers), fsdp=FSDP())
@@ -253,6 +307,24 @@ def test_gradients_on_their_way_count() -> None:
     assert needed(trained, trained, trained) == [10 + 10 + 16, 10 + 10 + 4 + 16, 10 + 8 + 16]
     frozen = replace(trained, gradients=0, sent=0, backward_sharded=0)
     assert needed(trained, frozen, trained) == [8 + 16, 10 + 10 + 16, 10 + 8 + 16]
+
+
+def test_the_worst_moment_of_a_sharded_segment() -> None:
+    """Inputs of 3 and weights of 40; what else a layer needs makes one moment the worst."""
+    layer = replace(NOTHING, boundary=3, weights=40)
+
+    def cost(action: Action, *layers: LayerCost) -> SegmentCost:
+        return segment_cost(Chain(layers=layers), 0, len(layers), action, fsdp=FSDP())
+
+    # In forward: the input, what the layer needs, its weights, and the buffer in which they came.
+    assert [cost(a, replace(layer, forward=5, recompute=7)).forward for a in ACTIONS] == [90, 88, 88, 88]
+    # When backward begins: what is kept, the gradient, weights, and the buffer in which they came.
+    assert [cost(a, layer).backward for a in ACTIONS] == [83, 86, 86, 86]
+    # The first of two layers is computed again: its input, the gradient, both layers, and the buffer it came in.
+    slow = replace(layer, forward=100, recompute=100)
+    assert [cost(a, slow, layer).backward for a in ACTIONS[1:]] == [3 + 100 + 3 + 80 + 40] * 3
+    # At the end: the input, its gradient, the layer's gradients, and the buffer in which they are summed.
+    assert [cost(a, replace(layer, gradients=80, sent=160)).backward for a in ACTIONS] == [243, 246, 246, 246]
 
 
 def test_work_beyond_64_bits_is_planned_the_same() -> None:

@@ -23,7 +23,7 @@ GRID = 1024  # steps of the budget beyond that
 
 Plan = tuple[tuple[int, ...], tuple[Action, ...]]  # bounds and actions
 
-MOST_TIME = 1 << 60  # in a label, so that sums stay within 64 bits
+MOST = 1 << 60  # FLOPs or bytes in a label, so that sums stay within 64 bits
 
 # Columns of a table of labels, int64 [labels, 8]; the first five are compared, less is better in each.
 TIME, KEPT = range(2)  # FLOPs (in units, if there are very many); bytes
@@ -49,12 +49,13 @@ class Program:
         self._fsdp = fsdp
         self._host = host
         self._limit = None if host is None else host.host_bytes
-        # By how much a longer segment may need less: what belongs to the layer behind it is smaller, or not there.
-        self._slack = max(
-            layer.boundary + (0 if fsdp is None else layer.weights + layer.summed) for layer in chain.layers
-        )
+        # A longer segment may need less: at its end other gradients wait, are summed, and other layers are whole.
+        self._slack = max(layer.boundary for layer in chain.layers)
+        if fsdp is not None:
+            self._slack += max(layer.summed for layer in chain.layers)
+            self._slack += (1 + fsdp.prefetch) * max(layer.weights for layer in chain.layers)
         waits = sum(self._host_waits(layer.boundary) for layer in chain.layers)
-        self._unit = max(1, (2 * chain.flops + waits) // MOST_TIME)  # FLOPs of one step in time
+        self._unit = max(1, (2 * chain.flops + waits) // MOST)  # FLOPs of one step in time
         self._steps: dict[tuple[int, int], list[_Step]] = {}
 
     def fastest(self, budget: int) -> Plan | None:
@@ -68,7 +69,7 @@ class Program:
         """The lowest peak there is, and the fastest plan at it."""
         # Far fewer segments fit below the peak of a plain plan than below everything.
         plain = min(map(self._peak, self._plain_plans())) - self._chain.fixed
-        plan = self._best(plain, timed=False) or self._best(self._above_everything(), timed=False)
+        plan = self._best(plain, timed=False) or self._best(MOST, timed=False)
         if plan is None:
             raise ValueError(
                 f"plan_segments: no plan with {', '.join(self._actions)} stays within host_bytes={self._limit:,}; "
@@ -97,19 +98,6 @@ class Program:
             for size in (1, 2, 4, 8, num_layers):
                 bounds = (*range(0, num_layers, size), num_layers)
                 yield bounds, (action,) * (len(bounds) - 1)
-
-    def _above_everything(self) -> int:
-        layers = self._chain.layers
-        each = sum(2 * l.boundary + l.saved + l.forward + l.recompute + l.backward + 4 * l.weights for l in layers)
-        return (
-            each
-            + self._chain.loss
-            + self._chain.under_autocast
-            + max(0, self._chain.after_loss)
-            + self._chain.embedding
-            + self._chain.fixed
-            + 2 * self._chain.held
-        )
 
     def _best(self, budget: int, *, timed: bool) -> Plan | None:
         if self._chain.embedding > budget:
