@@ -214,7 +214,20 @@ def test_forward_mode_is_refused_and_not_zero(which: int) -> None:
         pytest.param({"cu_seqlens": torch.tensor([0, 4, 2, 6]).int()}, r"entry 2 is 2 after 4", id="descending"),
         pytest.param({"cu_seqlens": torch.tensor([0, 4, 6])}, r"expected int32.*got torch.int64", id="int64"),
         pytest.param({"max_seqlen": 3}, r"sequence 0 has 4 tokens, .*pass max_seqlen=4", id="max-seqlen"),
-        pytest.param({"max_seqlen": torch.tensor(4)}, r"max_seqlen must be an int, got Tensor", id="max-seqlen-tensor"),
+        pytest.param(
+            {"max_seqlen": torch.tensor(4)}, r"must be an int, got tensor\(4\); compute it", id="max-seqlen-tensor"
+        ),
+        pytest.param({"max_seqlen": True}, r"max_seqlen must be an int, got True", id="max-seqlen-bool"),
+        pytest.param({"causal": 0}, r"causal must be True or False, got 0", id="causal"),
+        pytest.param(
+            {"softmax_scale": torch.tensor(0.5)}, r"must be a Python number, got tensor\(0.5", id="scale-tensor"
+        ),
+        pytest.param(
+            {"softmax_scale": True}, r"softmax_scale must be a Python number, got True; None =", id="scale-bool"
+        ),
+        pytest.param({"softcap": "5"}, r"softcap must be a Python number, got '5'; None = no cap", id="softcap-str"),
+        pytest.param({"backend": ["flash"]}, r"backend must be a name, got \['flash'\]; None =", id="backend-list"),
+        pytest.param({"cu_seqlens": [0, 4, 6]}, r"is a list; cu_seqlens_from_lengths makes one", id="boundaries-list"),
         pytest.param({"v": torch.zeros(6, 2, 0)}, r"heads need a width, got D = 3, Dv = 0", id="no-width"),
         pytest.param({"v": torch.zeros(6, 2, 3).double()}, r"one floating-point dtype, got .*float64", id="dtypes"),
         pytest.param({"q": torch.zeros(6, 2, 3).int()}, r"one floating-point dtype, got torch.int32", id="integers"),

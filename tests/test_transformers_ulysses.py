@@ -56,6 +56,12 @@ def test_generation_is_each_rank_for_itself(ranks: list[dict[str, Any]]) -> None
         assert found["same again"]
 
 
+def test_on_one_rank_a_layer_compiles_as_one_graph(ranks: list[dict[str, Any]]) -> None:
+    gap, size, graphs = ranks[2]["compiled alone"]
+    assert gap < 1e-12 < 1e-3 < size
+    assert graphs == 1  # for all layers, and nothing breaks
+
+
 REFUSED = {
     "whole row": "of a row of 25 tokens rank {rank} of 3 holds {start} to {end}, got 25 tokens",
     "no boundaries": "ranks that share a row need the boundaries of the whole row: pass cu_seq_lens_q",

@@ -146,30 +146,67 @@ def test_a_compiled_layer_breaks_once(ranks: list[dict[str, Any]]) -> None:
         assert gap < 1e-12 < 1e-3 < size and graphs == 2
 
 
+def test_options_are_rehearsed_once(ranks: list[dict[str, Any]]) -> None:
+    """Whatever the longest sequence is; narrow windows are other options, and wide ones are none."""
+    for found in ranks:
+        assert found["rehearsals"] == [[(None, 1)], [], [], [(3, 4)], [], [], [], [(36, 37)]]
+
+
+def test_tensors_are_made_where_the_inputs_are(ranks: list[dict[str, Any]]) -> None:
+    assert all(found["another default device"] for found in ranks)
+
+
+def test_on_one_rank_nothing_breaks(ranks: list[dict[str, Any]]) -> None:
+    gap, size, graphs = ranks[2]["compiled"]
+    assert gap < 1e-12 < 1e-3 < size and graphs == 1
+    assert ranks[2]["refused alone"] == [
+        "HeadPlan.split: chunks must be from 1 to 14, the heads of a rank; got 15",
+        "ulysses_attention: chunks must be an int, a number of exchanges, got 1.0; 1 = one",
+    ]
+
+
 REFUSED = {
     "tokens": "rank {rank} holds the {held} tokens {start} to {end} of 37, got 37,",
-    "heads": "the head plan is for 6 query and 3 key heads, expected q [t, 6, D]",
+    "heads": "the head plan is for 6 query and 3 key heads, of one width, expected q [t, 6, 4]",
     "key heads": "num_heads must be a positive multiple of num_kv_heads, got 3 and 2",
-    "width": "need one head width, got 4, 4, 8",
+    "width": "one width, expected q [t, 3, 4] and k, v [t, 1, 4], got [{held}, 3, 4], [{held}, 1, 4], [{held}, 1, 8]",
     "dtype": "one floating-point dtype and one device, got torch.float32 on cpu, torch.float64",
-    "shape": "expected q [t, 3, D]",
+    "shape": "expected q [t, Hq, D] and k, v [t, Hkv, D], this rank's tokens first, got [3, 4], [{held}, 1, 4]",
+    "one dimension": "expected q [t, Hq, D] and k, v [t, Hkv, D], this rank's tokens first, got [4], [{held}, 1, 4]",
+    "keys of one dimension": "this rank's tokens first, got [{held}, 3, 4], [4], [{held}, 1, 4]",
     "head plan": "the group has 4 ranks, the head plan is for 2 and the token plan for 4",
     "token plan": "the group has 4 ranks, the head plan is for 4 and the token plan for 2",
     "boundaries dtype": "cu_seqlens must be int32 of shape [S + 1], got torch.int64 [5]",
     "boundaries of a shard": "cu_seqlens ends at 6, the token plan at 37; cu_seqlens is about the whole row",
     "boundaries decrease": "must not decrease, entry 2 is 37 after 38",
-    "boundaries elsewhere": "cu_seqlens is on meta, where reading T would wait; keep it on the CPU, or pass token_plan",
+    "boundaries elsewhere": "cu_seqlens must be a tensor on the CPU or on cpu, it is on meta",
+    "boundaries on the device": "cu_seqlens is on meta, where reading T would wait; keep it on the CPU, or pass",
+    "boundaries in a list": "cu_seqlens must be a tensor on the CPU or on cpu, it is a list; cu_seqlens_from_lengths",
+    "settled, decrease": "must not decrease, entry 2 is 16 after 17",
+    "settled, start": "must start at 0, starts at 1",
+    "settled, max_seqlen": "sequence 3 has 17 tokens, more than max_seqlen=16",
+    "head plan's type": "expected a HeadPlan, got (0, 1, 2, 3, 3); HeadPlan.build makes one",
+    "token plan's type": "expected a TokenPlan, got (10, 9, 9, 9); TokenPlan.build makes one",
     "max_seqlen": "sequence 3 has 17 tokens, more than max_seqlen=16",
+    "max_seqlen's type": "max_seqlen must be an int, got 17.0",
     "chunks": "chunks must be from 1 to 1, the heads of a rank; got 2",
+    "chunks' type": "chunks must be an int, a number of exchanges, got '1'; 1 = one",
+    "window's type": "window must be an int, a number of tokens, got 3.0",
+    "scale's type": "softmax_scale must be a Python number, got tensor(",
+    "causal's type": "causal must be True or False, got 1",
     "window": "window must be at least 1 token, got 0",
     "softcap": "softcap must be positive, got -1.0",
     "backend": "varlen_attention: backend 'flash' cannot run: it runs on CUDA, the tensors are on cpu",
+    "backend of the environment": "backend 'flash' cannot run: it runs on CUDA, the tensors are on cpu",
     "packing": "ulysses packing: unknown backend 'cuda'; expected one of ['reference', 'triton']",
+    "packing's type": "ulysses packing: the backend must be a name, got ['reference']",
     "empty heads": "heads need a width, got D = 0",
     "softcap, heads for all": "softcap must be positive, got -1.0",
     "cos alone": "pass both or neither",
     "cos of the row": "cos and sin must be [{held}, 4], for this rank's tokens",
     "not in the group": "this process is not in the group",
+    "scatter": "this rank's tokens first, got [4], [{held}, 1, 4], [{held}, 1, 4]",
+    "scatter's plan": "expected a TokenPlan, got (10, 9, 9, 9); TokenPlan.build makes one",
     "gather": "rank {rank} computes {heads} heads of 37 tokens, expected [37, {heads}, D], got [{held}, 3, 4]",
     "gather rows": "rank {rank} holds {held} tokens, got 37 along dimension 0 of [37]",
     "gather rank": "made for rank {rank} of 4, in the group it is rank",

@@ -167,11 +167,32 @@ def refusals(group: dist.ProcessGroup, two: Any) -> dict[str, str]:
     return said
 
 
+def compiled_alone(group: dist.ProcessGroup) -> tuple[float, float, int]:
+    """In a group of one rank, compiled layers against layers as they are: distance, size, and graphs."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def logits(compile: bool) -> Tensor:
+        model, batch = make_model("llama"), make_batch()
+        use_ulysses(model, group)
+        for layer in model.model.layers if compile else ():
+            layer.compile(backend=count, fullgraph=True)
+        return model(input_ids=batch.input_ids, **batch.attention_kwargs()).logits.detach()
+
+    plain, compiled = logits(False), logits(True)
+    return (plain - compiled).abs().max().item(), plain.abs().max().item(), len(graphs)
+
+
 def on_every_rank() -> dict[str, Any]:
     """One process: its part of everything."""
     dist.init_process_group("gloo")
     groups = {ranks: dist.new_group(ranks) for ranks in GROUPS}
-    found: dict[str, Any] = {}
+    alone, found = dist.new_group((2,)), dict[str, Any]()
+    if dist.get_rank() == 2:
+        found["compiled alone"] = compiled_alone(alone)
     for ranks, group in groups.items():
         if dist.get_rank() not in ranks:
             continue

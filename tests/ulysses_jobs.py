@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from attention_truth import one_mask
-from nova_kernels.backend import BackendUnavailableError, why_not_triton
+from nova_kernels.backend import ENVIRONMENT_VARIABLE, BackendUnavailableError, why_not_triton
 from nova_kernels.ulysses import (
     HeadPlan,
     SequenceShards,
@@ -50,6 +50,7 @@ def _cut_at_shards(case: Case) -> Tensor:
 
 _UNPACK = pack.unpack_heads
 BROKEN = Case((0, 1, 2, 3), 8, 2)
+ALONE = CASES["one rank"]
 
 
 def broken(group: dist.ProcessGroup) -> dict[str, Any]:
@@ -142,56 +143,118 @@ def gathered(case: Case, group: dist.ProcessGroup) -> list[Tensor]:
     return [shards.gather(mine["input_ids"], group, dim=1), shards.gather(mine["inputs_embeds"], group)]
 
 
-def refusals(group: dist.ProcessGroup, other: dist.ProcessGroup) -> dict[str, str]:
-    """What each mistake is answered with, on this rank. Nothing is sent, so the group works afterwards."""
-    rank, cu_seqlens = dist.get_rank(group), cu_seqlens_from_lengths(LENGTHS)
-    start, end = TokenPlan.build(37, WORLD).bounds(rank)
-    q, k, v = (torch.randn(end - start, heads, WIDTH) for heads in (3, 1, 1))
-    good = {"cu_seqlens": cu_seqlens, "max_seqlen": 17, "group": group}
-    mistakes: dict[str, dict[str, Any]] = {
+def mistakes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> dict[str, dict[str, Any]]:
+    """Arguments that ulysses_attention refuses, instead of the right ones."""
+    held, tensors = len(q), {"q": q, "k": k, "v": v}
+    return {
         "tokens": {"q": torch.randn(37, 3, WIDTH)},
         "heads": {"head_plan": HeadPlan.build(6, 3, WORLD)},
-        "key heads": {"k": torch.randn(end - start, 2, WIDTH)},
-        "width": {"v": torch.randn(end - start, 1, 2 * WIDTH)},
+        "key heads": {"k": torch.randn(held, 2, WIDTH)},
+        "width": {"v": torch.randn(held, 1, 2 * WIDTH)},
         "dtype": {"k": k.double()},
         "shape": {"q": q[0]},
+        "one dimension": {"q": q[0, 0]},
+        "keys of one dimension": {"k": k[0, 0]},
         "head plan": {"head_plan": HeadPlan.build(3, 1, 2)},
         "token plan": {"token_plan": TokenPlan.build(37, 2)},
         "boundaries dtype": {"cu_seqlens": cu_seqlens.long()},
         "boundaries of a shard": {"cu_seqlens": cu_seqlens[:3], "token_plan": TokenPlan.build(37, 4)},
         "boundaries decrease": {"cu_seqlens": torch.tensor([0, 38, 37], dtype=torch.int32)},
         "boundaries elsewhere": {"cu_seqlens": cu_seqlens.to("meta")},
+        "boundaries on the device": {n: x.to("meta") for n, x in {**tensors, "cu_seqlens": cu_seqlens}.items()},
+        "boundaries in a list": {"cu_seqlens": [0, 37]},
+        "settled, decrease": {"cu_seqlens": torch.tensor([0, 17, 16, 30, 37]).int(), "on_device": cu_seqlens},
+        "settled, start": {"cu_seqlens": torch.tensor([1, 5, 6, 20, 37]).int(), "on_device": cu_seqlens},
+        "settled, max_seqlen": {"max_seqlen": 16, "on_device": cu_seqlens},
+        "head plan's type": {"head_plan": (0, 1, 2, 3, 3)},
+        "token plan's type": {"token_plan": (10, 9, 9, 9)},
         "max_seqlen": {"max_seqlen": 16},
+        "max_seqlen's type": {"max_seqlen": 17.0},
         "chunks": {"chunks": 2},
+        "chunks' type": {"chunks": "1"},
+        "window's type": {"window": 3.0},
+        "scale's type": {"softmax_scale": torch.tensor(0.5)},
+        "causal's type": {"causal": 1},
         "window": {"window": 0},
         "softcap": {"softcap": -1.0},
         "backend": {"backend": "flash"},
         "packing": {"pack_backend": "cuda"},
+        "packing's type": {"pack_backend": ["reference"]},
         "empty heads": {"q": q[:, :, :0], "k": k[:, :, :0], "v": v[:, :, :0]},
         "softcap, heads for all": {"q": q.repeat(1, 4, 1), "softcap": -1.0},
-        "cos alone": {"cos": torch.ones(end - start, WIDTH)},
+        "cos alone": {"cos": torch.ones(held, WIDTH)},
         "cos of the row": {"cos": torch.ones(37, WIDTH), "sin": torch.ones(37, WIDTH)},
-        "not in the group": {"group": other},
     }  # fmt: skip
+
+
+def refusals(group: dist.ProcessGroup, other: dist.ProcessGroup) -> dict[str, str]:
+    """What each mistake is answered with, on this rank. Nothing is sent, so the group works afterwards."""
+    rank, cu_seqlens = dist.get_rank(group), cu_seqlens_from_lengths(LENGTHS)
+    tokens, heads = TokenPlan.build(37, WORLD), HeadPlan.build(3, 1, WORLD)
+    start, end = tokens.bounds(rank)
+    q, k, v = (torch.randn(end - start, heads, WIDTH) for heads in (3, 1, 1))
+    good = {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens, "max_seqlen": 17, "group": group}
+
+    def attend(**wrong: Any) -> Tensor:
+        given = good | wrong
+        return ulysses_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
+
+    calls: dict[str, Callable[[], Any]] = {
+        **{name: partial(attend, **wrong) for name, wrong in mistakes(q, k, v, cu_seqlens).items()},
+        "scatter": lambda: scatter_heads(q[0, 0], k, v, group=group, token_plan=tokens),
+        "scatter's plan": lambda: scatter_heads(q, k, v, group=group, token_plan=tokens.sizes),
+        "gather": lambda: gather_heads(q, group=group, head_plan=heads, token_plan=tokens),
+        "gather rows": lambda: SequenceShards(tokens, rank).gather(torch.zeros(37), group),
+        "gather rank": lambda: SequenceShards(tokens, rank).gather(torch.zeros(end - start), other),
+    }
+    if rank >= 2:
+        calls["not in the group"] = partial(attend, group=other)
+    attend(), attend(window=3)  # the right ones are known, and the mistakes are no less noticed
     said = {}
-    with counting() as counted:
-        for name, mistake in mistakes.items():
-            if name != "not in the group" or rank >= 2:
-                given = {"q": q, "k": k, "v": v, **good, **mistake}
-                try:
-                    ulysses_attention(given.pop("q"), given.pop("k"), given.pop("v"), **given)
-                except (ValueError, BackendUnavailableError) as error:
-                    said[name] = str(error)
+
+    def note(name: str, call: Callable[[], Any]) -> None:
         try:
-            gather_heads(q, group=group, head_plan=HeadPlan.build(3, 1, WORLD), token_plan=TokenPlan.build(37, WORLD))
-        except ValueError as error:
-            said["gather"] = str(error)
-        for name, (count, where) in {"rows": (37, group), "rank": (end - start, other)}.items():
-            try:
-                SequenceShards(TokenPlan.build(37, WORLD), rank).gather(torch.zeros(count), where)
-            except ValueError as error:
-                said[f"gather {name}"] = str(error)
+            call()
+        except (ValueError, TypeError, BackendUnavailableError) as error:
+            said[name] = str(error)
+
+    with counting() as counted:
+        for name, call in calls.items():
+            note(name, call)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(ENVIRONMENT_VARIABLE, "flash")
+            note("backend of the environment", attend)
     return said if not counted.calls else {}
+
+
+def rehearsals(group: dist.ProcessGroup) -> list[list[tuple[int | None, int]]]:
+    """Windows and longest sequences that each of several calls rehearses."""
+    rank, attend, seen = dist.get_rank(group), attention.attend, []
+    q = torch.randn(TokenPlan.build(37, WORLD).sizes[rank], 3, WIDTH)
+
+    def watched(q: Tensor, *keys: Tensor, **options: Any) -> Tensor:
+        if len(q) == 1:
+            seen[-1].append((options["window"], options["max_seqlen"]))
+        return attend(q, *keys, **options)
+
+    attention._rehearse.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "attend", watched)
+        for long, window in ((20, None), (30, None), (36, 36), (30, 3), (36, 3), (19, 3), (37, None), (37, 36)):
+            seen.append([])
+            cu_seqlens = cu_seqlens_from_lengths([long, 37 - long])
+            ulysses_attention(q, q, q, cu_seqlens=cu_seqlens, max_seqlen=long, group=group, window=window)
+    return seen
+
+
+def another_default_device(group: dist.ProcessGroup) -> bool:
+    """Whether results stay the same where new tensors are made elsewhere."""
+    q = torch.randn(TokenPlan.build(37, WORLD).sizes[dist.get_rank(group)], 3, WIDTH)
+    boundaries = {"cu_seqlens": cu_seqlens_from_lengths(LENGTHS), "max_seqlen": max(LENGTHS)}
+    truth = ulysses_attention(q, q, q, group=group, **boundaries)
+    attention._rehearse.cache_clear()
+    with torch.device("meta"):
+        return torch.equal(ulysses_attention(q, q, q, group=group, **boundaries), truth)
 
 
 def stack(group: dist.ProcessGroup | None) -> list[Tensor]:
@@ -275,12 +338,13 @@ def under_autocast(group: dist.ProcessGroup) -> tuple[torch.dtype, list[int], fl
     return out.dtype, counted.bytes, difference
 
 
-def compiled(case: Case, group: dist.ProcessGroup) -> tuple[float, int, int]:
+def compiled(case: Case, group: dist.ProcessGroup, **options: Any) -> tuple[float, float, int]:
     """Distance from what is not compiled, results and gradients; the largest of them; how many graphs there are."""
     layer, (x, *_), rank = Layer(case), inputs(case), dist.get_rank(group)
     x = x[slice(*case.token_plan.bounds(rank))].clone().requires_grad_()
     boundaries = {"cu_seqlens": cu_seqlens_from_lengths(case.lengths), "max_seqlen": max(case.lengths)}
-    attend, graphs = partial(ulysses_attention, group=group, chunks=2, **boundaries), []
+    plan = case.token_plan if len(case.ranks) == 1 else None  # read by nobody while a compiler is tracing
+    attend, graphs = partial(ulysses_attention, group=group, token_plan=plan, chunks=2, **boundaries), []
 
     def count(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
@@ -290,9 +354,20 @@ def compiled(case: Case, group: dist.ProcessGroup) -> tuple[float, int, int]:
         y = run(x, attend)
         return [y, *torch.autograd.grad(y.square().sum(), x)]
 
-    pairs = list(zip(both(layer), both(torch.compile(layer, backend=count)), strict=True))
+    pairs = list(zip(both(layer), both(torch.compile(layer, backend=count, **options)), strict=True))
     gap = max((a - b).abs().max().item() for a, b in pairs)
     return gap, max(a.abs().max().item() for a, _ in pairs), len(graphs)
+
+
+def refused_alone(group: dist.ProcessGroup) -> list[str]:
+    """What a group of one rank answers to numbers of chunks that more ranks refuse."""
+    boundaries = {"cu_seqlens": cu_seqlens_from_lengths(LENGTHS), "max_seqlen": max(LENGTHS)}
+    said, (q, k) = [], (torch.randn(37, heads, WIDTH) for heads in (ALONE.heads, ALONE.kv_heads))
+    for chunks in (15, 1.0):
+        with pytest.raises((ValueError, TypeError)) as error:
+            ulysses_attention(q, k, k, group=group, chunks=chunks, **boundaries)
+        said.append(str(error.value))
+    return said
 
 
 def on_every_rank() -> dict[str, Any]:
@@ -315,6 +390,11 @@ def on_every_rank() -> dict[str, Any]:
     found["order"] = order_of_chunks(four)
     found["autocast"] = under_autocast(four)
     found["backward twice"] = backward_twice(Case(GROUPS[2], 14, 2), four)
+    found["rehearsals"] = rehearsals(four)
+    found["another default device"] = another_default_device(four)
     if rank in GROUPS[0]:
         found["compiled"] = compiled(Case(GROUPS[0], 14, 2), two)
+    if rank in ALONE.ranks:
+        found["compiled"] = compiled(ALONE, groups[ALONE.ranks], fullgraph=True)
+        found["refused alone"] = refused_alone(groups[ALONE.ranks])
     return found

@@ -53,7 +53,7 @@ def varlen_attention(
     Raises:
         ValueError: shapes, dtypes or boundaries disagree, or an option is out of range. Wrong values in boundaries that
             are on a GPU are an assertion there, so that nothing waits (the reference waits, and raises).
-        TypeError: max_seqlen or window is no int.
+        TypeError: an option has another type; numbers are Python numbers, not tensors.
         RuntimeError: forward-mode derivatives were asked for (torch.func.jvp, dual tensors).
         BackendUnavailableError: the named backend cannot run these inputs.
     """

@@ -32,13 +32,20 @@ def attend(
     `on_device` is a copy of cu_seqlens on the device of q whose values were checked, for callers that attend many times
     within the same boundaries; None checks and copies here.
     """
+    check_options(
+        max_seqlen=max_seqlen,
+        causal=causal,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        backend=backend,
+    )
     _check_shapes(q, k, v)
     _check_dtypes(q, k, v)
     _check_derivatives(q, k, v)
-    _check_boundaries(q, cu_seqlens, max_seqlen)
+    check_boundaries(q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    _check_options(window, scale, softcap)
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     window = None if window is None or window >= max_seqlen else window
     name = choose(
         "varlen_attention",
@@ -77,8 +84,8 @@ def boundaries_on(device: torch.device, cu_seqlens: Tensor, num_tokens: int, max
     return copy
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under torch.autocast, in its dtype, as PyTorch's own attention does."""
+def autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under torch.autocast, in its dtype, as PyTorch's own attention does; float64 stays as it is."""
     dtype = _autocast_dtype(q.device)
     if dtype is None or q.dtype == torch.float64:
         return q, k, v
@@ -113,31 +120,56 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"varlen_attention: heads need a width, got D = {width}, Dv = {v.shape[2]}")
 
 
-def _check_boundaries(q: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+def check_boundaries(q: Tensor, cu_seqlens: Tensor) -> None:
+    """Refuse boundaries that are no tensor, or on a third device."""
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.device.type not in ("cpu", q.device.type):
         place = f"on {cu_seqlens.device}" if isinstance(cu_seqlens, Tensor) else f"a {type(cu_seqlens).__name__}"
-        raise ValueError(f"varlen_attention: cu_seqlens must be a tensor on the CPU or on {q.device}, it is {place}")
-    if not isinstance(max_seqlen, int):
-        raise TypeError(
-            f"varlen_attention: max_seqlen must be an int, got {type(max_seqlen).__name__}; compute it on the CPU, "
-            "with the boundaries"
+        raise ValueError(
+            f"varlen_attention: cu_seqlens must be a tensor on the CPU or on {q.device}, it is {place}; "
+            "cu_seqlens_from_lengths makes one"
         )
 
 
-def _check_options(window: int | None, softmax_scale: float, softcap: float | None) -> None:
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int)):
-        raise TypeError(
-            f"varlen_attention: window must be an int, a number of tokens, got {window!r}; None = no window"
-        )
+def check_options(
+    *,
+    max_seqlen: int,
+    causal: bool,
+    window: int | None,
+    softmax_scale: float | None,
+    softcap: float | None,
+    backend: str | None,
+) -> None:
+    """Refuse options of other types, tensors among them, which a kernel could not read without waiting; and ranges.
+
+    Raises:
+        TypeError: an option has another type.
+        ValueError: an option is out of range.
+    """
+    _check_type("max_seqlen", max_seqlen, int, "an int", "compute it on the CPU, with the boundaries")
+    _check_type("causal", causal, bool, "True or False", "False = both ways")
+    if window is not None:
+        _check_type("window", window, int, "an int, a number of tokens", "None = no window")
+    if softmax_scale is not None:
+        _check_type("softmax_scale", softmax_scale, (int, float), "a Python number", "None = D ** -0.5")
+    if softcap is not None:
+        _check_type("softcap", softcap, (int, float), "a Python number", "None = no cap")
+    if backend is not None:
+        _check_type("backend", backend, str, "a name", "None = the fastest that can run")
     if window is not None and window < 1:
         raise ValueError(f"varlen_attention: window must be at least 1 token, got {window}; None = no window")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"varlen_attention: softcap must be positive, got {softcap}; None = no cap")
     # Kernels scale scores that are masked with -inf already: a scale of 0 or less makes NaN of them.
-    if not 0 < softmax_scale < math.inf:
+    if softmax_scale is not None and not 0 < softmax_scale < math.inf:
         raise ValueError(
             f"varlen_attention: softmax_scale must be positive and finite, got {softmax_scale}; None = D ** -0.5"
         )
+
+
+def _check_type(name: str, value: object, kind: type | tuple[type, ...], wanted: str, way_out: str) -> None:
+    """True is an int to Python, not to us."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"varlen_attention: {name} must be {wanted}, got {value!r}; {way_out}")
 
 
 def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:

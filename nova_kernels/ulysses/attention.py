@@ -12,6 +12,7 @@ It is the same attention: no head and no token is treated differently because of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -20,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nova_kernels.attention.dispatch import attend, boundaries_on
+from nova_kernels.attention.dispatch import attend, autocast, boundaries_on, check_boundaries, check_options
+from nova_kernels.backend import ENVIRONMENT_VARIABLE
 from nova_kernels.ulysses.collective import Arrive, Collect, Depart, Route, Spread, packing, schedule
 from nova_kernels.ulysses.pack import rotate
 from nova_kernels.ulysses.plan import HeadPlan, HeadRun, TokenPlan
+from nova_kernels.varlen import check_cu_seqlens
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -95,9 +98,10 @@ def ulysses_attention(
 
     Raises:
         ValueError: shapes, dtypes, boundaries, plans and group disagree, or an option is out of range.
+        TypeError: a plan or an option has another type.
         BackendUnavailableError: the named backend cannot run these inputs.
     """
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast(q, k, v)
     boundaries: dict[str, Any] = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     options: dict[str, Any] = {
         "causal": causal,
@@ -106,21 +110,25 @@ def ulysses_attention(
         "softcap": softcap,
         "backend": backend,
     }
-    head_plan, token_plan = _plans(q, k, cu_seqlens, group, head_plan, token_plan)
-    _check(q, k, v, head_plan, token_plan, group, cos, sin)
+    check_options(max_seqlen=max_seqlen, **options)
+    if not isinstance(chunks, int) or isinstance(chunks, bool):
+        raise TypeError(f"ulysses_attention: chunks must be an int, a number of exchanges, got {chunks!r}; 1 = one")
+    token_plan = _token_plan(q, cu_seqlens, group, token_plan)
+    head_plan = _check_shared(q, k, v, group, head_plan, token_plan)
+    head_plan.split(chunks)  # refuses more chunks than heads
+    rank, width = dist.get_rank(group), q.shape[2]
+    _check_own(q, k, v, token_plan, rank, cos, sin)
     module = packing(q.device, pack_backend)
     if head_plan.world_size == 1:
         if cos is not None and sin is not None:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         return attend(q, k, v, **boundaries, **options, on_device=on_device)
-    rank, width = dist.get_rank(group), q.shape[2]
     plans = head_plan, token_plan, rank
     way = Route(group, schedule(*plans, width, chunks=chunks, keys=True), module, cos=cos, sin=sin)
     back = Route(group, schedule(*plans, width, chunks=chunks, keys=False), module)
-    if on_device is None:
-        on_device = boundaries_on(q.device, cu_seqlens, token_plan.num_tokens, max_seqlen)
-    boundaries["on_device"] = on_device
-    _rehearse(q.device, q.dtype, width, max(max_seqlen, 1), **options)
+    boundaries["on_device"] = _boundaries(q.device, cu_seqlens, token_plan.num_tokens, max_seqlen, on_device)
+    options["window"] = None if window is None or window >= max_seqlen else window
+    _rehearse(q.device, q.dtype, width, os.environ.get(ENVIRONMENT_VARIABLE), **options)
     tokens = Spread.apply(way, q, k, v)
     arrived: list[tuple[Tensor, Tensor]] = []  # keys and values of each chunk
     departed = []
@@ -160,10 +168,11 @@ def scatter_heads(
 
     Raises:
         ValueError: shapes, dtypes, plans and group disagree.
+        TypeError: a plan or the backend has another type.
         BackendUnavailableError: the named backend cannot run on this device.
     """
-    head_plan = _head_plan(q, k, token_plan.world_size) if head_plan is None else head_plan
-    _check(q, k, v, head_plan, token_plan, group, cos, sin)
+    head_plan = _check_shared(q, k, v, group, head_plan, token_plan)
+    _check_own(q, k, v, token_plan, dist.get_rank(group), cos, sin)
     module = packing(q.device, backend)
     if head_plan.world_size == 1:
         return (q, k, v) if cos is None or sin is None else (rotate(q, cos, sin), rotate(k, cos, sin), v)
@@ -196,6 +205,7 @@ def gather_heads(
 
     Raises:
         ValueError: the shape, plans and group disagree.
+        TypeError: a plan or the backend has another type.
         BackendUnavailableError: the named backend cannot run on this device.
     """
     rank = _check_group(group, head_plan, token_plan)
@@ -231,49 +241,44 @@ def _heads(x: Tensor, part: slice) -> Tensor:
     return x if part == slice(0, x.shape[1]) else x[:, part]
 
 
-def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under torch.autocast, in its dtype before anything is sent, as varlen_attention would cast it afterwards."""
-    device = q.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
-        return q, k, v
-    dtype = torch.get_autocast_dtype(device)
-    return q.to(dtype), k.to(dtype), v.to(dtype)
-
-
-def _plans(
-    q: Tensor,
-    k: Tensor,
-    cu_seqlens: Tensor,
-    group: dist.ProcessGroup,
-    head_plan: HeadPlan | None,
-    token_plan: TokenPlan | None,
-) -> tuple[HeadPlan, TokenPlan]:
-    """The plans for this call, from what all ranks share."""
-    size = _size_of(group)
+def _token_plan(q: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup, token_plan: TokenPlan | None) -> TokenPlan:
+    """The one given, or equal shares of the row; needs boundaries of the right shape."""
+    check_boundaries(q, cu_seqlens)
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(
             f"ulysses_attention: cu_seqlens must be int32 of shape [S + 1], got {cu_seqlens.dtype} "
             f"{list(cu_seqlens.shape)}; pass the boundaries of the whole row, from cu_seqlens_from_lengths"
         )
-    if token_plan is None and size == 1:
-        token_plan = TokenPlan((q.shape[0],))
-    elif token_plan is None:
-        if cu_seqlens.device.type != "cpu":
-            raise ValueError(
-                f"ulysses_attention: cu_seqlens is on {cu_seqlens.device}, where reading T would wait; keep it on the "
-                f"CPU, or pass token_plan=TokenPlan.build(T, {size})"
-            )
-        token_plan = TokenPlan.build(int(cu_seqlens[-1]), size)
-    elif cu_seqlens.device.type == "cpu" and int(cu_seqlens[-1]) != token_plan.num_tokens:
+    size = _size_of(group)
+    if token_plan is not None or size == 1:
+        return TokenPlan((q.shape[0],)) if token_plan is None else token_plan
+    if cu_seqlens.device.type != "cpu":
         raise ValueError(
-            f"ulysses_attention: cu_seqlens ends at {int(cu_seqlens[-1])}, the token plan at {token_plan.num_tokens}; "
-            "cu_seqlens is about the whole row, not about this rank's part"
+            f"ulysses_attention: cu_seqlens is on {cu_seqlens.device}, where reading T would wait; keep it on the CPU, "
+            f"or pass token_plan=TokenPlan.build(T, {size})"
         )
-    return _head_plan(q, k, size) if head_plan is None else head_plan, token_plan
+    return TokenPlan.build(int(cu_seqlens[-1]), size)
 
 
-def _head_plan(q: Tensor, k: Tensor, world_size: int) -> HeadPlan:
-    return HeadPlan.build(q.shape[-2], k.shape[-2], world_size)
+def _boundaries(
+    device: torch.device, cu_seqlens: Tensor, num_tokens: int, max_seqlen: int, on_device: Tensor | None
+) -> Tensor:
+    """Boundaries where a kernel reads them, checked on every rank, with or without heads.
+
+    Done for every layer: NumPy looks whether they are right, which takes 5 us, and check_cu_seqlens, 13, says what is
+    not.
+    """
+    if cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.numpy()
+        if bounds[-1] != num_tokens:
+            raise ValueError(
+                f"ulysses_attention: cu_seqlens ends at {bounds[-1]}, the token plan at {num_tokens}; cu_seqlens is "
+                "about the whole row, not about this rank's part"
+            )
+        lengths = bounds[1:] - bounds[:-1]
+        if bounds[0] != 0 or lengths.min(initial=0) < 0 or lengths.max(initial=0) > max_seqlen:
+            check_cu_seqlens(cu_seqlens, num_tokens, max_seqlen)
+    return boundaries_on(device, cu_seqlens, num_tokens, max_seqlen) if on_device is None else on_device
 
 
 def _size_of(group: dist.ProcessGroup) -> int:
@@ -284,6 +289,9 @@ def _size_of(group: dist.ProcessGroup) -> int:
 
 def _check_group(group: dist.ProcessGroup, head_plan: HeadPlan, token_plan: TokenPlan) -> int:
     """This process's rank in the group."""
+    for plan, kind in ((head_plan, HeadPlan), (token_plan, TokenPlan)):
+        if not isinstance(plan, kind):
+            raise TypeError(f"ulysses: expected a {kind.__name__}, got {plan!r}; {kind.__name__}.build makes one")
     size = _size_of(group)
     if not size == head_plan.world_size == token_plan.world_size:
         raise ValueError(
@@ -293,43 +301,33 @@ def _check_group(group: dist.ProcessGroup, head_plan: HeadPlan, token_plan: Toke
     return dist.get_rank(group)
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    head_plan: HeadPlan,
-    token_plan: TokenPlan,
-    group: dist.ProcessGroup,
-    cos: Tensor | None,
-    sin: Tensor | None,
+def _check_shared(
+    q: Tensor, k: Tensor, v: Tensor, group: dist.ProcessGroup, head_plan: HeadPlan | None, token_plan: TokenPlan
+) -> HeadPlan:
+    """The head plan, if plans, group and heads agree. All ranks share them: what one refuses, every one refuses."""
+    if not q.ndim == k.ndim == v.ndim == 3:
+        expected = "q [t, Hq, D] and k, v [t, Hkv, D], this rank's tokens first"
+        raise ValueError(f"ulysses: expected {expected}, got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    head_plan = HeadPlan.build(q.shape[1], k.shape[1], _size_of(group)) if head_plan is None else head_plan
+    _check_group(group, head_plan, token_plan)
+    heads, kv_heads, width = head_plan.num_heads, head_plan.num_kv_heads, q.shape[2]
+    if q.shape[1] != heads or not k.shape[1:] == v.shape[1:] == (kv_heads, width):
+        raise ValueError(
+            f"ulysses: the head plan is for {heads} query and {kv_heads} key heads, of one width, expected "
+            f"q [t, {heads}, {width}] and k, v [t, {kv_heads}, {width}], "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
+    return head_plan
+
+
+def _check_own(
+    q: Tensor, k: Tensor, v: Tensor, token_plan: TokenPlan, rank: int, cos: Tensor | None, sin: Tensor | None
 ) -> None:
-    """Shared facts first: what they refuse, every rank refuses."""
-    rank = _check_group(group, head_plan, token_plan)
-    heads, kv_heads = head_plan.num_heads, head_plan.num_kv_heads
-    if not q.ndim == k.ndim == v.ndim == 3 or (q.shape[1], k.shape[1], v.shape[1]) != (heads, kv_heads, kv_heads):
-        raise ValueError(
-            f"ulysses: the head plan is for {heads} query and {kv_heads} key heads, expected q [t, {heads}, D] and "
-            f"k, v [t, {kv_heads}, D], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
-        )
-    if not q.shape[2] == k.shape[2] == v.shape[2]:
-        raise ValueError(
-            f"ulysses: q, k, v share one buffer and need one head width, got {q.shape[2]}, {k.shape[2]}, {v.shape[2]}"
-        )
+    """Tensors of this rank, which it may refuse alone."""
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(
             "ulysses: q, k, v must have one floating-point dtype and one device, got "
             f"{q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
-        )
-    if (cos is None) != (sin is None):
-        raise ValueError("ulysses: cos and sin rotate together; pass both or neither")
-    if (
-        cos is not None
-        and sin is not None
-        and (not cos.shape == sin.shape == (q.shape[0], q.shape[2]) or q.shape[2] % 2)
-    ):
-        raise ValueError(
-            f"ulysses: cos and sin must be [{q.shape[0]}, {q.shape[2]}], for this rank's tokens and an even width, got "
-            f"{list(cos.shape)} and {list(sin.shape)}"
         )
     start, end = token_plan.bounds(rank)
     if not q.shape[0] == k.shape[0] == v.shape[0] == end - start:
@@ -337,14 +335,24 @@ def _check(
             f"ulysses: rank {rank} holds the {end - start} tokens {start} to {end} of {token_plan.num_tokens}, got "
             f"{q.shape[0]}, {k.shape[0]}, {v.shape[0]} in q, k, v; shard the row with this token plan"
         )
+    if (cos is None) != (sin is None):
+        raise ValueError("ulysses: cos and sin rotate together; pass both or neither")
+    each = (end - start, q.shape[2])
+    if cos is not None and sin is not None and (not cos.shape == sin.shape == each or q.shape[2] % 2):
+        raise ValueError(
+            f"ulysses: cos and sin must be {list(each)}, for this rank's tokens and an even width, got "
+            f"{list(cos.shape)} and {list(sin.shape)}"
+        )
 
 
-@lru_cache(maxsize=64)
-def _rehearse(device: torch.device, dtype: torch.dtype, width: int, max_seqlen: int, **options: Any) -> None:
+@lru_cache(maxsize=64, typed=True)
+def _rehearse(device: torch.device, dtype: torch.dtype, width: int, _environment: str | None, **options: Any) -> None:
     """Attention of one made-up token: what it refuses, every rank refuses before anything is sent.
 
-    Otherwise a rank without heads, which never attends, would wait for the others. Done once for the options of a call.
+    Otherwise a rank without heads, which never attends, would wait for the others. Done once for what backends are
+    chosen by; of max_seqlen that is whether the window is narrower: else there is none in `options`.
     """
     token = torch.zeros(1, 1, width, dtype=dtype, device=device)
-    boundaries = torch.tensor([0, 1], dtype=torch.int32)
-    attend(token, token, token, cu_seqlens=boundaries, max_seqlen=max_seqlen, **options)
+    boundaries = torch.tensor([0, 1], dtype=torch.int32, device="cpu")
+    longest = (options["window"] or 0) + 1
+    attend(token, token, token, cu_seqlens=boundaries, max_seqlen=longest, **options)

@@ -87,8 +87,11 @@ def packing(device: torch.device, backend: str | None = None) -> Any:
 
     Raises:
         ValueError: no backend of this name.
+        TypeError: it is no name.
         BackendUnavailableError: the named one cannot run there.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"ulysses packing: the backend must be a name, got {backend!r}; None = the first that can run")
     reason = why_not_triton(device)
     compiled = {"triton": reason and f"{reason}; 'reference' packs anywhere"}
     if choose("ulysses packing", backend, fastest_first(device, compiled, {"reference": None})) == "reference":

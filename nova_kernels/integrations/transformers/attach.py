@@ -87,9 +87,6 @@ class Options:
     group: dist.ProcessGroup | None = None  # ranks that share the row; None: this process has all of it
     chunks: int = 1
 
-    def token_plan(self, num_tokens: int) -> TokenPlan | None:
-        return None if self.group is None else TokenPlan.build(num_tokens, dist.get_world_size(self.group))
-
 
 def _check_model(model: PreTrainedModel, caller: str) -> None:
     if not isinstance(model, PreTrainedModel):
@@ -253,15 +250,14 @@ class _Boundaries:
     def _plan(self, where: str, cu_seqlens: Tensor | None, length: int) -> TokenPlan | None:
         """Which ranks hold which tokens of the row; None: this one has them all."""
         group = self.options.group
-        if group is None:
+        if group is None or dist.get_world_size(group) == 1:
             return None
         if cu_seqlens is None or cu_seqlens.device.type != "cpu":
             raise ValueError(
                 f"{where}: ranks that share a row need the boundaries of the whole row: pass cu_seq_lens_q, int32 "
                 f"[S + 1], on the CPU, got {cu_seqlens if cu_seqlens is None else cu_seqlens.device}"
             )
-        plan = self.options.token_plan(int(cu_seqlens[-1]))
-        assert plan is not None, "there is a group"
+        plan = TokenPlan.build(int(cu_seqlens[-1]), dist.get_world_size(group))
         start, end = plan.bounds(dist.get_rank(group))
         if length != end - start:
             raise ValueError(

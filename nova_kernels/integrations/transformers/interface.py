@@ -104,7 +104,7 @@ def _attention(
         "softcap": softcap,
         "backend": varlen_options.backend,
     }
-    if varlen_plan is None:
+    if varlen_options.group is None:
         out = attend(q, k, v, **options)
     else:
         group, chunks = varlen_options.group, varlen_options.chunks
